@@ -1,0 +1,1 @@
+"""deixis: run pixel-aligned language models from a bundle, without PyTorch."""
