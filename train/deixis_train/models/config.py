@@ -132,6 +132,8 @@ class PixelLLMConfig:
     sam: SamVitConfig | TinyVitConfig = field(default_factory=SamVitConfig)
     prompt_embed_dim: int = 256
     prompt_adapter: PromptAdapterConfig = field(default_factory=PromptAdapterConfig)
+    # "sparse": the text head sees the learned output tokens (the paper); "dense": it sees every image token (the reference's option)
+    prompt_fuse: Literal["sparse", "dense"] = "sparse"
     t5: T5Config = field(default_factory=T5Config)
     point_predictor: PointPredictorConfig | None = field(default_factory=PointPredictorConfig)
     mask_decoder: MaskDecoderConfig | None = field(default_factory=MaskDecoderConfig)
@@ -226,7 +228,8 @@ PRESETS: dict[str, PixelLLMConfig] = {
         max_caption_length=14,
         refer_length=14,
     ),
-    # The demo: MobileSAM's frozen TinyViT at 512 px beside a small semantic encoder at 224 px, on the latter's 16 x 16 grid.
+    # The demo: MobileSAM's frozen TinyViT at 512 px beside a small semantic encoder at 224 px, on the latter's 16 x 16 grid,
+    # whose 256 tokens go to the text head (see the model card for why).
     "tabletop": PixelLLMConfig(
         name="tabletop",
         image_size=512,
@@ -235,9 +238,10 @@ PRESETS: dict[str, PixelLLMConfig] = {
         semantic=Eva02Config(embed_dim=192, depth=4, num_heads=3),
         sam=TinyVitConfig(),
         prompt_adapter=PromptAdapterConfig(
-            depth=2, transformer_dim=128, num_outputs=16, output_dim=160, num_heads=4, mlp_dim=384
+            depth=2, transformer_dim=128, num_outputs=4, output_dim=144, num_heads=4, mlp_dim=384
         ),
-        t5=T5Config(vocab=512, emb=160, heads=4, head_dim=32, layers=3, mlp=384, enc_rank=0, dec_rank=0),
+        prompt_fuse="dense",
+        t5=T5Config(vocab=384, emb=144, heads=4, head_dim=32, layers=3, mlp=320, enc_rank=0, dec_rank=0),
         point_predictor=PointPredictorConfig(hidden_dim=192),
         mask_adapter=None,
         max_caption_length=64,
