@@ -1,4 +1,4 @@
-"""The reference decoders and the read-out of their tokens, as plain functions without caches (sections 8 and 11).
+"""The reference decoders, as plain functions without caches (section 11).
 
 A decoder here calls `logits_fn(tokens, position)` with whole rows [B, L] and gets the logits [B, V] at one position. That is slow and
 easy to check; the runtime has fast decoders of its own, which are compared with these.
@@ -38,7 +38,7 @@ def greedy(logits_fn: LogitsFn, begin: Tensor, end_id: int = 1) -> tuple[Tensor,
         tokens [B, L] int64, and log-probabilities [B]: the mean over words, the EOS step counted in the sum only.
     """
     tokens = begin.long().clone()
-    total = torch.zeros(len(tokens))
+    total = torch.zeros(len(tokens), device=tokens.device)
     for index in range(1, tokens.shape[1] - 1):
         logits = logits_fn(tokens, index - 1).float().clone()
         previous = tokens[:, index - 1]
@@ -73,10 +73,10 @@ def beam_search(
     """
     rows, length = begin.shape
     live = begin.long()[:, None].repeat(1, beams, 1)
-    live_log_probs = torch.tensor([0.0] + [NEG] * (beams - 1)).repeat(rows, 1)
+    live_log_probs = torch.tensor([0.0] + [NEG] * (beams - 1), device=live.device).repeat(rows, 1)
     finished = torch.zeros_like(live)
-    finished_scores = torch.full((rows, beams), NEG)
-    is_finished = torch.zeros(rows, beams, dtype=torch.bool)
+    finished_scores = torch.full((rows, beams), NEG, device=live.device)
+    is_finished = torch.zeros(rows, beams, dtype=torch.bool, device=live.device)
 
     for index in range(1, length - 1):
         best_possible = live_log_probs[:, -1:] / _penalty(length, alpha)
@@ -106,6 +106,7 @@ def beam_search(
 
 
 def _penalty(length: int, alpha: float) -> Tensor:
+    """Computed in float32 as everything here; a 0-dimensional CPU tensor goes with any device."""
     return torch.tensor((5.0 + length) / 6.0).pow(alpha)
 
 
@@ -124,45 +125,3 @@ def zero_after_end(tokens: Tensor, end_id: int = 1) -> Tensor:
     """Tokens [..., L] with everything behind the first EOS set to 0 (section 8, inference order)."""
     is_end = (tokens == end_id).long()
     return torch.where(is_end.cumsum(-1) - is_end > 0, 0, tokens)
-
-
-TRACE_RULE = "begin,end,pad"  # the points of every word
-REFER_RULE = "^end-1"  # the points of the position that predicts EOS
-
-
-def valid_points(tokens: Tensor, rule: str, begin_id: int = 0, end_id: int = 1) -> Tensor:
-    """Which positions' points count (section 8, valid-token rule).
-
-    Args:
-        tokens: [..., L] integer.
-        rule: comma list of what to drop: pad, begin, end, end-1 (the next token is EOS), text; a leading ^ negates the result.
-
-    Returns:
-        [..., L] bool. Raises ValueError on an unknown word in the rule.
-    """
-    pad, begin, end = tokens == 0, tokens == begin_id, tokens == end_id
-    before_end = torch.cat([end[..., 1:], torch.zeros_like(end[..., :1])], dim=-1)
-    drops = {"pad": pad, "begin": begin, "end": end, "end-1": before_end, "text": ~(pad | begin | end)}
-    valid = torch.ones_like(pad)
-    for word in filter(None, rule.removeprefix("^").split(",")):
-        if word not in drops:
-            raise ValueError(f"rule {rule!r}: unknown {word!r}; known are {', '.join(drops)}")
-        valid &= ~drops[word]
-    return ~valid if rule.startswith("^") else valid
-
-
-def box_of_points(points: Tensor, valid: Tensor) -> Tensor:
-    """Bounds of the valid points (section 8).
-
-    Args:
-        points: [..., L, P, 2] x, y in pixels.
-        valid: [..., L] bool.
-
-    Returns:
-        [..., 4] x0, y0, x1, y1, not clipped. Where nothing is valid the box is inverted: (max + 1, ..., min - 1, ...).
-    """
-    flat = points.flatten(-3, -2)
-    keep = valid[..., None].expand(points.shape[:-1]).flatten(-2, -1)[..., None]
-    low = torch.where(keep, flat, flat.amax(-2, keepdim=True) + 1).amin(-2)
-    high = torch.where(keep, flat, flat.amin(-2, keepdim=True) - 1).amax(-2)
-    return torch.cat([low, high], dim=-1)
