@@ -1,0 +1,136 @@
+"""Pictures in: reading files, bytes and arrays, and making the network input from them (section 2)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from deixis.bundle import ImageSpec
+from deixis.errors import ImageError
+from deixis.geometry import Geometry, fit_inside
+
+__all__ = ["Channels", "Geometry", "Source", "fit_inside", "load_image", "prepare"]
+
+Channels = Literal["RGB", "BGR", "RGBA", "BGRA", "GRAY"]
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8]
+
+_DEPTH: dict[Channels, int] = {"RGB": 3, "BGR": 3, "RGBA": 4, "BGRA": 4, "GRAY": 1}
+
+
+def load_image(source: Source, channels: Channels = "RGB") -> NDArray[np.uint8]:
+    """Return a picture as RGB uint8 [height, width, 3], contiguous and owned by the caller.
+
+    Args:
+        source: path of a picture file, the bytes of one, or a uint8 array [H,W,3], [H,W,4], [H,W,1] or [H,W].
+        channels: order of an array's channels ("RGB", "BGR", "RGBA", "BGRA" or "GRAY"); files and bytes say it themselves.
+
+    Files are turned as their EXIF orientation says; 16-bit files are reduced to 8 bits and palettes are resolved. A transparent
+    picture is laid over white, whether it came as array or file. Arrays are taken as they are: nothing is rescaled or guessed.
+    Raises ImageError when the picture cannot be read, is empty, or is not laid out as declared.
+    """
+    if channels not in _DEPTH:
+        raise ImageError(f"unknown channels {channels!r}; choose one of {', '.join(_DEPTH)}")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, channels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(bytes(source), "the given bytes")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(os.fsdecode(source))
+        try:
+            return _decode(path.read_bytes(), str(path))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ImageError):
+                raise
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ImageError(f"{path}: cannot read the picture: {reason}") from None
+    raise ImageError(f"a picture must be a path, bytes or a uint8 array, not {type(source).__name__}")
+
+
+def prepare(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.float32], Geometry]:
+    """Make the network input from an RGB picture uint8 [H,W,3].
+
+    Returns float32 [size, size, 3] of 0..255 with the picture in the top-left corner and `spec.pad_value` elsewhere, and the
+    Geometry that maps points between the two. The resize is plain bilinear with half-pixel centres, on float32, without
+    anti-aliasing (section 2); normalisation happens inside the graphs.
+    """
+    geometry = Geometry.of((image.shape[0], image.shape[1]), spec.size)
+    height, width = geometry.valid
+    padded = np.full((spec.size, spec.size, 3), spec.pad_value, np.float32)
+    padded[:height, :width] = resize_bilinear(image.astype(np.float32), geometry.valid)
+    return padded, geometry
+
+
+def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize float32 [H,W] or [H,W,C] to `size` (height, width): bilinear, half-pixel centres, no anti-aliasing."""
+    if values.shape[:2] == size:
+        return values
+    return cv2.resize(values, (size[1], size[0]), interpolation=cv2.INTER_LINEAR).reshape(*size, *values.shape[2:])
+
+
+def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
+    if not data:
+        raise ImageError(f"{where}: the picture is empty (0 bytes)")
+    buffer = np.frombuffer(data, np.uint8)
+    try:
+        # Colour decoding applies the EXIF orientation, which IMREAD_UNCHANGED does not; the latter only serves to see alpha.
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+        raw = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED) if _may_have_alpha(data) else None
+    except cv2.error as error:  # sizes beyond OpenCV's limits, for one
+        raise ImageError(f"{where}: cannot decode the picture: {error.err or error.code}") from None
+    if image is None or image.size == 0:
+        raise ImageError(f"{where}: not a picture OpenCV can read, or a damaged one")
+    if _is_truncated(data):
+        raise ImageError(f"{where}: the picture is truncated (its end is missing); copy it again")
+    if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
+        return _over_white(_to_uint8(raw), "BGRA")
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def _may_have_alpha(data: bytes) -> bool:
+    return not data.startswith(b"\xff\xd8")  # of the common formats only JPEG cannot
+
+
+def _is_truncated(data: bytes) -> bool:
+    """Whether a PNG or JPEG stops before its end mark: OpenCV then fills the rest with grey and says nothing."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" not in data[-4096:] and b"IEND" not in data
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-4096:] and b"\xff\xd9" not in data
+    return False
+
+
+def _to_uint8(image: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """16-bit samples to 8 bits as OpenCV's colour decoding does it; 8-bit ones unchanged."""
+    return (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image.astype(np.uint8, copy=False)
+
+
+def _from_array(array: NDArray[np.generic], channels: Channels) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8:
+        raise ImageError(f"a picture array must be uint8 (0..255), not {array.dtype}; convert it first")
+    if array.ndim == 2 and channels != "GRAY":
+        raise ImageError(f"an array of shape {array.shape} is grey, not {channels}; say channels='GRAY'")
+    image = array[..., None] if array.ndim == 2 else array
+    if image.ndim != 3 or image.shape[2] != _DEPTH[channels]:
+        expected = "[H,W] or [H,W,1]" if channels == "GRAY" else f"[H,W,{_DEPTH[channels]}]"
+        raise ImageError(f"{channels} needs an array of shape {expected}, found {list(array.shape)}")
+    if image.size == 0:
+        raise ImageError(f"the picture array is empty: its shape is {list(array.shape)}")
+    if channels == "GRAY":
+        return np.repeat(image, 3, axis=2)
+    if channels in ("RGBA", "BGRA"):
+        return _over_white(image, channels)
+    return np.array(image[..., ::-1] if channels == "BGR" else image, order="C")
+
+
+def _over_white(image: NDArray[np.uint8], channels: Channels) -> NDArray[np.uint8]:
+    """Composite RGBA or BGRA uint8 [H,W,4] over white; returns RGB uint8 [H,W,3]."""
+    colour = image[..., 2::-1] if channels == "BGRA" else image[..., :3]
+    alpha = image[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(colour)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
