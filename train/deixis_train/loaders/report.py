@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, is not what it was taken for, or does not fit the model. The message is one line."""
+    """A checkpoint that cannot be read, is not what it was taken for, or does not fit the model. One line."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LoadReport:
         return "; ".join(parts) or "every name placed"
 
     def raise_if_incomplete(self, source: object = "checkpoint") -> LoadReport:
-        """Return self when complete, else raise CheckpointError with one line that names `source` and the names at fault."""
+        """Return self when complete, else raise CheckpointError: one line with `source` and the names at fault."""
         if not self.complete:
             raise CheckpointError(f"{source}: does not fill the model: {self}")
         return self

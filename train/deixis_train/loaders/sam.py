@@ -1,6 +1,7 @@
 """SAM's published checkpoints (`.pth`; ViT-B, ViT-L, ViT-H) into PixelLLM's SAM parts (section 16.2).
 
-The file keeps three modules under `image_encoder.`, `prompt_encoder.` and `mask_decoder.`; ours carry the same names below.
+The file keeps three modules under `image_encoder.`, `prompt_encoder.` and `mask_decoder.`; below these, our
+modules carry the same names.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def load_sam(
     """Fill the parts given; names of parts not given count as ignored.
 
     Raises:
-        CheckpointError: the file cannot be read or holds nothing of SAM's. A file of another size (ViT-B for ViT-H, say) is
-            told by the report; call its `raise_if_incomplete`.
+        CheckpointError: the file cannot be read or holds nothing of SAM's. That it is of another size (ViT-B for ViT-H,
+            say) is told by the report; call its `raise_if_incomplete`.
     """
     parts = {IMAGE_ENCODER: sam_encoder, PROMPT_ENCODER: prompt_encoder, MASK_DECODER: mask_decoder}
     return load_parts(path, "SAM", parts, UNUSED)

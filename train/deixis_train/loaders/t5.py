@@ -1,4 +1,4 @@
-"""T5 1.1 and Flan-T5 in Hugging Face naming into `models.t5.T5` (section 16.2), and a dequantised form of an int8 ONNX one."""
+"""T5 1.1 and Flan-T5 in Hugging Face naming into `models.t5.T5` (section 16.2); an int8 ONNX one."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def dequantized_flan_t5(onnx_dir: Path) -> dict[str, Tensor]:
     """Weights of a T5 that was exported to ONNX and quantised to int8 dynamically, in Hugging Face names, float32.
 
     Args:
-        onnx_dir: holds `encoder.onnx` and `decoder.onnx` as ONNX Runtime's dynamic quantisation leaves them: every matrix is an
-            integer initializer beside its scale and zero point, and a node's name is the path of the module it came from.
+        onnx_dir: holds `encoder.onnx` and `decoder.onnx` as ONNX Runtime's dynamic quantisation leaves them: every
+            matrix is an integer initializer beside its scale and zero point, and a node's name is its module's path.
 
     Raises:
         CheckpointError: a file is absent or no ONNX file.
@@ -94,16 +94,11 @@ def dequantized_flan_t5(onnx_dir: Path) -> dict[str, Tensor]:
         except (OSError, DecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read as ONNX: {error}") from None
         values = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-
-        def dequantized(stem: str) -> np.ndarray:
-            integers = values[stem + "_quantized"].astype(np.float32)
-            return (integers - values[stem + "_zero_point"].astype(np.float32)) * values[stem + "_scale"]
-
         # Plain and looked-up parameters keep their names; matrices of products lost theirs to the node.
         for name in values:
             if name.endswith("_quantized") and not name.startswith("onnx::"):
                 stem = name.removesuffix("_quantized")
-                weights[_module_path(stem)] = torch.from_numpy(dequantized(stem))
+                weights[_module_path(stem)] = torch.from_numpy(_dequantized(values, stem))
             elif name.endswith(".weight"):
                 weights[_module_path(name)] = torch.from_numpy(values[name].copy())
         for node in graph.node:
@@ -111,8 +106,15 @@ def dequantized_flan_t5(onnx_dir: Path) -> dict[str, Tensor]:
                 stem = node.input[1].removesuffix("_quantized")
                 path_in_model = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".") + ".weight"
                 # ONNX multiplies from the right: [in, out] there, [out, in] in PyTorch.
-                weights[_module_path(path_in_model)] = torch.from_numpy(np.ascontiguousarray(dequantized(stem).T))
+                weights[_module_path(path_in_model)] = torch.from_numpy(
+                    np.ascontiguousarray(_dequantized(values, stem).T)
+                )
     return weights
+
+
+def _dequantized(values: Mapping[str, np.ndarray], stem: str) -> np.ndarray:
+    integers = values[stem + "_quantized"].astype(np.float32)
+    return (integers - values[stem + "_zero_point"].astype(np.float32)) * values[stem + "_scale"]
 
 
 def _module_path(name: str) -> str:

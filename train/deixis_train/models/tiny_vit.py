@@ -1,9 +1,9 @@
 """MobileSAM's image encoder: TinyViT-5M with SAM's neck, the light choice for the SAM branch.
 
-Four stages. The first is convolutional (inverted bottlenecks, stride 4), the other three attend inside windows. The first two
-stage borders halve the grid, the third keeps it, so that the output is a stride-16 map exactly like that of SAM's ViT. There are
-no position tables of the size of the image: positions enter through the convolutions and through one attention bias per offset
-inside a window. The same weights therefore serve every input size.
+Four stages. The first is convolutional (inverted bottlenecks, stride 4), the other three attend inside windows. The
+first two stage borders halve the grid, the third keeps it, so the output is a stride-16 map like that of SAM's ViT.
+There are no position tables of the size of the image: positions enter through the convolutions and through one
+attention bias per offset inside a window. The same weights therefore serve every input size.
 
 Parameter names are those of the published `mobile_sam.pt` below `image_encoder.` (see `loaders/mobile_sam.py`).
 """
@@ -83,7 +83,7 @@ class PatchMerging(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Pre-normalised self-attention over the tokens of one window, with a learned bias per (|rows|, |columns|) offset."""
+    """Pre-normalised self-attention over the tokens of one window, with a learned bias per |row|, |column| offset."""
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class TinyVitBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         height, width, dim = x.shape[1:]
         w = self.window
-        # Padding comes before the normalisation, so a padded cell is a token that holds the norm's bias; none is masked.
+        # Padding comes before the normalisation, so padding is a token that holds the norm's bias. None is masked.
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
         rows, cols = x.shape[1] // w, x.shape[2] // w
         x = x.reshape(-1, rows, w, cols, w, dim).transpose(2, 3).reshape(-1, w * w, dim)
@@ -240,7 +240,7 @@ class TinyVit(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised RGB image [B, S, S, 3] with zeros right and below the picture -> features [B, S/16, S/16, out_chans]."""
+        """Normalised RGB image [B, S, S, 3], zero right of and below the picture -> [B, S/16, S/16, out_chans]."""
         x = self.patch_embed(image.permute(0, 3, 1, 2))
         for stage in self.layers:
             x = stage(x)
