@@ -1,4 +1,4 @@
-"""EVA02 vision transformer, the semantic encoder (section 3). Parameter names are those of the public EVA02 checkpoints."""
+"""EVA02 vision transformer, the semantic encoder (section 3). Parameter names are those of the public checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from deixis_train.models.resample import Resize
 def rope_tables(grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the 2-D rotary code (section 3): two float32 [1 + grid * grid, head_dim].
 
-    Row 0 is the class token, which is not rotated. The first half of a head turns with the row, the second with the column;
-    positions are plain integers, not rescaled to the grid of pre-training.
+    Row 0 is the class token, which is not rotated. The first half of a head turns with the row, the second with the
+    column; positions are plain integers, not rescaled to the grid of pre-training.
     """
     half = head_dim // 2
     frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
@@ -85,8 +85,8 @@ class Eva02Block(nn.Module):
 class Eva02(nn.Module):
     """EVA02 for square inputs of `image_size` pixels; the grid is `image_size // patch_size` on a side.
 
-    The learned position table is resampled from the grid of pre-training in every call. That is a small product of parameters
-    and constants, so training can move the table and an exporter folds it.
+    The learned position table is resampled from the grid of pre-training in every call. That is a small product of
+    parameters and constants, so training can move the table and an exporter folds it.
     """
 
     def __init__(self, config: Eva02Config, image_size: int) -> None:

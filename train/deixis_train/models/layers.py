@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches by a strided convolution; what does not fill a patch at the right and bottom is left out."""
+    """Patches by a strided convolution; what does not fill a patch at the right and bottom is left out."""
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class MaskAdapter(nn.Module):
         self.transformer = TwoWayTransformer(config.depth, dim, config.num_heads, config.mlp_dim)
 
     def forward(self, visual: Tensor, text_features: Tensor) -> Tensor:
-        """Visual prefix [R, Q, E] and text features of all positions [R, L, E] -> [R, 2, D], to be added to the corners."""
+        """Visual prefix [R, Q, E] and features of all text positions [R, L, E] -> [R, 2, D], to be added to the corners."""
         keys = torch.cat([self.visual_projection(visual), self.textual_projection(text_features)], dim=1)
         tokens = self.output_tokens.expand(keys.shape[0], -1, -1)
         delta, _ = self.transformer(keys, 0.0, tokens)
@@ -48,8 +48,9 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(dim // 4, dim // 8, 2, stride=2),
             nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, dim, dim // 8, 3) for _ in range(self.num_masks))
-        self.iou_prediction_head = MLP(dim, config.iou_head_hidden_dim, self.num_masks, config.iou_head_depth)
+        hidden = config.iou_head_hidden_dim  # of both kinds of heads; equal to `dim` in the published SAM
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, hidden, dim // 8, 3) for _ in range(self.num_masks))
+        self.iou_prediction_head = MLP(dim, hidden, self.num_masks, config.iou_head_depth)
 
     def forward(self, sparse: Tensor, image: Tensor, image_pe: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Decode the masks of every prompt.
@@ -61,8 +62,8 @@ class MaskDecoder(nn.Module):
             dense: dense prompt [1, D].
 
         Returns:
-            Mask logits [R, 4, 4h, 4w] and predicted IoU [R, 4]. Index 0 is the mask for an unambiguous prompt (PixelLLM uses
-            only that); 1 to 3 are the alternatives for an ambiguous one.
+            Mask logits [R, 4, 4h, 4w] and predicted IoU [R, 4]. Index 0 is the mask for an unambiguous prompt (PixelLLM
+            uses only that); 1 to 3 are the alternatives for an ambiguous one.
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1)

@@ -1,7 +1,7 @@
-"""PixelLLM put together (section 1). Every method is one stage of a request, so that an export wraps one method per graph.
+"""PixelLLM put together (section 1). Every method is one stage of a request, so an export wraps one method per graph.
 
-Letters in shapes: B pictures, S `image_size`, g side of the fused grid, h side of the SAM grid, C1 and C2 widths of the semantic
-and the SAM map, R prompts (rows), P points of a prompt, Q visual tokens, E width of the text model, L text length.
+Letters in shapes: B pictures, S `image_size`, g side of the fused grid, h side of the SAM grid, C1 and C2 widths of the
+semantic and the SAM map, R prompts (rows), P points of a prompt, Q visual tokens, E width of the text model, L text length.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class PixelLLM(nn.Module):
     def init_weights(self) -> None:
         """Start values for training from nothing.
 
-        The ViT encoders get the usual truncated normal of 0.02; the two-way transformers and heads, which are narrow and few
-        layers deep, keep the variance instead (Xavier). The text model and TinyViT bring their own.
+        The ViT encoders get the usual truncated normal of 0.02; the two-way transformers and heads, which are narrow and
+        few layers deep, keep the variance instead (Xavier). The text model and TinyViT bring their own.
         """
         for encoder in (self.semantic_encoder, self.sam_encoder):
             if isinstance(encoder, TinyVit):
@@ -187,7 +187,13 @@ class PixelLLM(nn.Module):
             nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.semantic_encoder.cls_token, std=0.02)
 
-        heads = (self.prompt_adapter, self.visual_projection, self.point_predictor, self.mask_adapter, self.mask_decoder)
+        heads = (
+            self.prompt_adapter,
+            self.visual_projection,
+            self.point_predictor,
+            self.mask_adapter,
+            self.mask_decoder,
+        )
         for part in heads:
             for module in part.modules() if part is not None else ():
                 if isinstance(module, nn.Linear):

@@ -26,7 +26,7 @@ class PointPredictor(nn.Module):
         return self.mlp(self.norm(features)).unflatten(-1, (self.points, 4))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Text features [..., L, E] -> points (x, y) [..., L, points, 2] as fractions of the un-padded width and height.
+        """Text features [..., L, E] -> points (x, y) [..., L, points, 2] as fractions of the real width and height.
 
         Not clamped: a point may lie outside 0..1.
         """
@@ -45,8 +45,8 @@ def to_pixels(points: Tensor, valid_hw: Tensor) -> Tensor:
 def valid_tokens(tokens: Tensor, rule: str, begin: int, end: int) -> Tensor:
     """Positions whose points count (section 8): boolean, of the shape of `tokens` [..., L].
 
-    `rule` lists what to drop, separated by commas: `begin`, `end`, `pad`; `end-1` is the position whose next token is `end`;
-    `text` is everything that is none of begin, end and pad. A leading `^` negates the result. An empty rule keeps all.
+    `rule` lists what to drop, separated by commas: `begin`, `end`, `pad`; `end-1` is the position whose next token is
+    `end`; `text` is everything that is none of begin, end and pad. A leading `^` negates the result. An empty rule keeps all.
 
     Raises:
         ValueError: for a word that is not in `VALID_RULES`.
@@ -63,7 +63,9 @@ def valid_tokens(tokens: Tensor, rule: str, begin: int, end: int) -> Tensor:
     valid = torch.ones_like(tokens, dtype=torch.bool)
     for word in filter(None, rule.removeprefix("^").split(",")):
         if word not in dropped:
-            raise ValueError(f"unknown word {word!r} in the valid-token rule {rule!r}; known are {', '.join(VALID_RULES)}")
+            raise ValueError(
+                f"unknown word {word!r} in the valid-token rule {rule!r}; known are {', '.join(VALID_RULES)}"
+            )
         valid &= ~dropped[word]
     return ~valid if rule.startswith("^") else valid
 

@@ -1,4 +1,4 @@
-"""What happens to the picture inside the network (section 2): normalise, zero the padding, shrink to a branch's size."""
+"""What happens to the picture inside the network (section 2): normalise, zero the padding, shrink to a branch."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ class PromptAdapter(nn.Module):
         image_code = self.image_pe_projection(image_pe).flatten(0, 1)
         return self.transformer(image[image_index], image_code, tokens)
 
-    def forward(
-        self, features: Tensor, image_index: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
-    ) -> Tensor:
+    def forward(self, features: Tensor, image_index: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor) -> Tensor:
         """Extract one prefix per prompt.
 
         Args:

@@ -40,8 +40,8 @@ class PromptEncoder(nn.Module):
 
         Args:
             points: (x, y) pixels [R, P, 2] float32.
-            labels: [R, P] int64: 0 negative, 1 positive, 2 top-left and 3 bottom-right of a box, -1 padding by "not a point",
-                -2 padding by the "no mask" vector. The coordinates of the last two do not matter.
+            labels: [R, P] int64: 0 negative, 1 positive, 2 top-left and 3 bottom-right of a box, -1 padding by "not a
+                point", -2 padding by the "no mask" vector. The coordinates of the last two do not matter.
 
         Returns:
             Tokens [R, P, D].

@@ -1,7 +1,7 @@
 """The one resampling rule of the network (section 2.1): half-pixel centres, antialiased, cubic kernel with a = -0.5.
 
-Resizing is separable and its weights depend on the sizes only, so a resize is two small matrix products. That is the same
-arithmetic in PyTorch and in ONNX, where the `Resize` operators of the engines disagree about antialiasing.
+Resizing is separable and its weights depend on the sizes only, so a resize is two small matrix products. That is the
+same arithmetic in PyTorch and in ONNX, where the `Resize` operators of the engines disagree about antialiasing.
 """
 
 from __future__ import annotations

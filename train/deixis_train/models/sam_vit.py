@@ -86,8 +86,8 @@ class SamBlock(nn.Module):
 class SamVit(nn.Module):
     """SAM's encoder for square inputs of `image_size` pixels, any multiple of the patch.
 
-    Tables of absolute and relative positions, trained at `config.img_size`, are resampled in every call from parameters and
-    constants, so an exporter folds them.
+    Tables of absolute and relative positions, trained at `config.img_size`, are resampled in every call from parameters
+    and constants, so an exporter folds them.
     """
 
     def __init__(self, config: SamVitConfig, image_size: int) -> None:

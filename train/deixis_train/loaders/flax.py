@@ -1,0 +1,365 @@
+"""PixelLLM's own checkpoints: the Flax parameter tree of section 16, as a flattened npz or as msgpack."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from deixis_train.loaders.report import CheckpointError, LoadReport
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.sam_vit import SamVit
+from deixis_train.models.t5 import LoraLinear
+from deixis_train.models.two_way import TwoWayTransformer
+
+Tree = dict[str, np.ndarray]
+
+
+class Entry(NamedTuple):
+    """One tensor of ours: its state-dict name, the Flax arrays it is made of, and how each is turned."""
+
+    target: str
+    sources: tuple[str, ...]
+    convert: Callable[[np.ndarray], np.ndarray]
+    stacked: bool = False  # each source fills one row of the target
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _dense(kernel: np.ndarray) -> np.ndarray:
+    """[in, out] -> [out, in]."""
+    return kernel.T
+
+
+def _conv(kernel: np.ndarray) -> np.ndarray:
+    """Convolution [kh, kw, in, out] -> [out, in, kh, kw].
+
+    The transposed convolutions of the mask decoder are stored [kh, kw, out, in] and become [in, out, kh, kw], not flipped:
+    the same permutation (section 16.1).
+    """
+    return kernel.transpose(3, 2, 0, 1)
+
+
+# ---- the name tables, one function per part of section 16
+
+
+def _linear(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (f"{theirs}/kernel",), _dense)
+    if bias:
+        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
+
+
+def _conv2d(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (f"{theirs}/kernel",), _conv)
+    if bias:
+        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
+
+
+def _norm(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (f"{theirs}/scale",), _same)
+    if bias:
+        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
+
+
+def _semantic_encoder(model: PixelLLM) -> Iterator[Entry]:
+    ours, theirs = "semantic_encoder", "git_backbone"
+    yield Entry(f"{ours}.cls_token", (f"{theirs}/cls_token",), _same)
+    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), _same)
+    yield from _conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
+    yield from _norm(f"{ours}.norm", f"{theirs}/ln_post")
+    for i in range(len(model.semantic_encoder.blocks)):
+        o, t = f"{ours}.blocks.{i}", f"{theirs}/blocks.{i}"
+        yield from _norm(f"{o}.norm1", f"{t}/norm1")
+        yield from _norm(f"{o}.norm2", f"{t}/norm2")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield from _linear(f"{o}.attn.{name}", f"{t}/attn/{name}", bias=False)
+        for name in ("q_bias", "v_bias"):
+            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), _same)
+        yield from _linear(f"{o}.attn.proj", f"{t}/attn/proj")
+        for name in ("w1", "w2", "w3"):
+            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+        yield from _norm(f"{o}.mlp.ffn_ln", f"{t}/mlp/ffn_ln")
+
+
+def _sam_encoder(model: PixelLLM) -> Iterator[Entry]:
+    if not isinstance(model.sam_encoder, SamVit):
+        raise CheckpointError("a Flax checkpoint holds SAM's ViT; this model has another SAM branch")
+    ours, theirs = "sam_encoder", "sam_backbone"
+    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), _same)
+    yield from _conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
+    for i in (0, 2):
+        yield from _conv2d(f"{ours}.neck.{i}", f"{theirs}/neck/{i}", bias=False)
+        yield from _norm(f"{ours}.neck.{i + 1}", f"{theirs}/neck/{i + 1}")
+    for i in range(len(model.sam_encoder.blocks)):
+        o, t = f"{ours}.blocks.{i}", f"{theirs}/blocks.{i}"
+        yield from _norm(f"{o}.norm1", f"{t}/norm1")
+        yield from _norm(f"{o}.norm2", f"{t}/norm2")
+        for name in ("qkv", "proj"):
+            yield from _linear(f"{o}.attn.{name}", f"{t}/attn/{name}")
+        for name in ("rel_pos_h", "rel_pos_w"):
+            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), _same)
+        for name in ("lin1", "lin2"):
+            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+
+
+def _prompt_encoder(model: PixelLLM) -> Iterator[Entry]:
+    del model
+    matrix = "positional_encoding_gaussian_matrix"
+    yield Entry(f"prompt_encoder.pe_layer.{matrix}", (f"prompt_encoder/pe_layer/{matrix}",), _same)
+    for name in (
+        *(f"point_embeddings.{i}.weight" for i in range(4)),
+        "not_a_point_embed.weight",
+        "no_mask_embed.weight",
+    ):
+        yield Entry(f"prompt_encoder.{name}", (f"prompt_encoder/{name}",), _same)
+
+
+def _two_way(transformer: TwoWayTransformer, ours: str, theirs: str) -> Iterator[Entry]:
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+    for i in range(len(transformer.layers)):
+        o, t = f"{ours}.layers.{i}", f"{theirs}/layers.{i}"
+        for attention in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            for name in projections:
+                yield from _linear(f"{o}.{attention}.{name}", f"{t}/{attention}/{name}")
+        for name in ("lin1", "lin2"):
+            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+        for name in ("norm1", "norm2", "norm3", "norm4"):
+            yield from _norm(f"{o}.{name}", f"{t}/{name}")
+    for name in projections:
+        yield from _linear(f"{ours}.final_attn_token_to_image.{name}", f"{theirs}/final_attn_token_to_image/{name}")
+    yield from _norm(f"{ours}.norm_final_attn", f"{theirs}/norm_final_attn")
+
+
+def _prompt_adapter(model: PixelLLM) -> Iterator[Entry]:
+    ours, theirs = "prompt_adapter", "prompt_adapter"
+    adapter = model.prompt_adapter
+    yield Entry(f"{ours}.output_tokens", (f"{theirs}/output_tokens.weight",), _same)
+    yield from _linear(f"{ours}.image_projection", f"{theirs}/image_projection_mlp/layers.0")
+    if isinstance(adapter.prompt_projection, nn.Linear):  # absent where prompts have the adapter's width already
+        yield from _linear(f"{ours}.image_pe_projection", f"{theirs}/image_pe_projection_mlp/layers.0")
+        yield from _linear(f"{ours}.prompt_projection", f"{theirs}/prompt_embedding_projection_mlp/layers.0")
+    yield from _two_way(adapter.transformer, f"{ours}.transformer", f"{theirs}/transformer")
+    heads = [f"{theirs}/output_hypernetworks_mlps.{i}/layers.0" for i in range(adapter.output_tokens.shape[0])]
+    yield Entry(f"{ours}.output_weight", tuple(f"{head}/kernel" for head in heads), _same, stacked=True)
+    yield Entry(f"{ours}.output_bias", tuple(f"{head}/bias" for head in heads), _same, stacked=True)
+    yield from _linear(f"{ours}.dense_output_projection", f"{theirs}/dense_output_mlp/layers.0")
+
+
+def _visual_projection(model: PixelLLM) -> Iterator[Entry]:
+    del model
+    yield from _linear("visual_projection.0", "visual_project_layers/visual_projection.0")
+    yield from _norm("visual_projection.1", "visual_project_layers/visual_projection.1")
+
+
+def _text(model: PixelLLM) -> Iterator[Entry]:
+    ours, theirs = "text", "textual/t5_module"
+    yield Entry(f"{ours}.token_embedder.weight", (f"{theirs}/token_embedder/embedding",), _same)
+
+    def attention(o: str, t: str) -> Iterator[Entry]:
+        for name in ("query", "key", "value", "out"):
+            yield from _linear(f"{o}.{name}", f"{t}/{name}", bias=False)
+            if isinstance(model.get_submodule(f"{o}.{name}"), LoraLinear):
+                yield Entry(f"{o}.{name}.lora_a", (f"{t}/{name}/kernel_left_lora",), _same)  # [in, rank]
+                yield Entry(f"{o}.{name}.lora_b", (f"{t}/{name}/kernel_right_lora",), _same)  # [rank, out]
+
+    stacks = {
+        "encoder": (model.text.encoder, {"attention": "pre_attention_layer_norm"}),
+        "decoder": (
+            model.text.decoder,
+            {
+                "self_attention": "pre_self_attention_layer_norm",
+                "encoder_decoder_attention": "pre_cross_attention_layer_norm",
+            },
+        ),
+    }
+    for stack, (module, attentions) in stacks.items():
+        so, st = f"{ours}.{stack}", f"{theirs}/{stack}"
+        yield Entry(f"{so}.relpos_bias.rel_embedding", (f"{st}/relpos_bias/rel_embedding",), _same)
+        yield from _norm(f"{so}.{stack}_norm", f"{st}/{stack}_norm", bias=False)
+        for i in range(len(module.layers)):
+            o, t = f"{so}.layers.{i}", f"{st}/layers_{i}"
+            for name, norm in attentions.items():
+                yield from attention(f"{o}.{name}", f"{t}/{name}")
+                yield from _norm(f"{o}.{norm}", f"{t}/{norm}", bias=False)
+            yield from _norm(f"{o}.pre_mlp_layer_norm", f"{t}/pre_mlp_layer_norm", bias=False)
+            for name in ("wi_0", "wi_1", "wo"):
+                yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}", bias=False)
+    yield from _linear(f"{ours}.decoder.logits_dense", f"{theirs}/decoder/logits_dense", bias=False)
+
+
+def _point_predictor(model: PixelLLM) -> Iterator[Entry]:
+    if model.point_predictor is None:
+        return
+    yield from _norm("point_predictor.norm", "point_predictor/LayerNorm_0")
+    for i in range(len(model.point_predictor.mlp.layers)):
+        yield from _linear(f"point_predictor.mlp.layers.{i}", f"point_predictor/mlp/layers.{i}")
+
+
+def _mask_adapter(model: PixelLLM) -> Iterator[Entry]:
+    adapter = model.mask_adapter
+    if adapter is None:
+        return
+    yield Entry("mask_adapter.output_tokens", ("mask_adapter/output_tokens.weight",), _same)
+    if adapter.gate is not None:
+        yield Entry("mask_adapter.gate", ("mask_adapter/alpha_output.weight",), _same)
+    for name in ("visual_projection", "textual_projection"):
+        yield from _norm(f"mask_adapter.{name}.0", f"mask_adapter/{name}_mlp/LayerNorm_0")
+        yield from _linear(f"mask_adapter.{name}.1", f"mask_adapter/{name}_mlp/layers.0")
+    yield from _two_way(adapter.transformer, "mask_adapter.transformer", "mask_adapter/transformer")
+
+
+def _mask_decoder(model: PixelLLM) -> Iterator[Entry]:
+    decoder = model.mask_decoder
+    if decoder is None:
+        return
+    ours, theirs = "mask_decoder", "mask_decoder"
+    for name in ("iou_token.weight", "mask_tokens.weight"):
+        yield Entry(f"{ours}.{name}", (f"{theirs}/{name}",), _same)
+    yield from _two_way(decoder.transformer, f"{ours}.transformer", f"{theirs}/transformer")
+    yield from _conv2d(f"{ours}.output_upscaling.0", f"{theirs}/output_upscaling/0")
+    yield from _norm(f"{ours}.output_upscaling.1", f"{theirs}/output_upscaling/1")
+    yield from _conv2d(f"{ours}.output_upscaling.3", f"{theirs}/output_upscaling/3")
+    for i, mlp in enumerate(decoder.output_hypernetworks_mlps):
+        for j in range(len(mlp.layers)):
+            name = f"output_hypernetworks_mlps.{i}"
+            yield from _linear(f"{ours}.{name}.layers.{j}", f"{theirs}/{name}/layers.{j}")
+    for j in range(len(decoder.iou_prediction_head.layers)):
+        yield from _linear(f"{ours}.iou_prediction_head.layers.{j}", f"{theirs}/iou_prediction_head/layers.{j}")
+
+
+_PARTS = (
+    _semantic_encoder,
+    _sam_encoder,
+    _prompt_encoder,
+    _prompt_adapter,
+    _visual_projection,
+    _text,
+    _point_predictor,
+    _mask_adapter,
+    _mask_decoder,
+)
+# The detector of dense captioning has no module here yet.
+_IGNORED_PARTS = ("box_decoder/",)
+
+
+def name_table(model: PixelLLM) -> list[Entry]:
+    """Every tensor of the model's state dict with the Flax arrays that fill it (section 16)."""
+    return [entry for part in _PARTS for entry in part(model)]
+
+
+@torch.no_grad()
+def load_flax(model: PixelLLM, tree: Mapping[str, np.ndarray]) -> LoadReport:
+    """Fill a model from a flattened Flax tree.
+
+    Names and shapes must fit exactly; what does not is reported and left at its start value. The report speaks in Flax
+    names.
+
+    Args:
+        model: the receiver; dtype and device of its tensors are kept.
+        tree: arrays by '/'-joined Flax name, as `read_flax` gives them.
+    """
+    own = model.state_dict(keep_vars=True)
+    missing: list[str] = []
+    misshapen: list[str] = []
+    known: set[str] = set()
+    for target, sources, convert, stacked in name_table(model):
+        known.update(sources)
+        absent = [name for name in sources if name not in tree]
+        missing += absent
+        if absent:
+            continue
+        receiver = own[target]
+        slots = list(receiver) if stacked else [receiver]
+        for name, slot in zip(sources, slots, strict=True):
+            array = np.asarray(tree[name])
+            # Same number of axes first: the conversions permute, and cannot permute what is not there.
+            turned = convert(array) if array.ndim == slot.ndim else array
+            if turned.shape != tuple(slot.shape):
+                misshapen.append(f"{name}: file {turned.shape}, model {tuple(slot.shape)}")
+            else:
+                slot.copy_(torch.tensor(turned))
+    rest = sorted(set(tree) - known)
+    ignored = [name for name in rest if name.startswith(_IGNORED_PARTS)]
+    unexpected = [name for name in rest if not name.startswith(_IGNORED_PARTS)]
+    return LoadReport(tuple(missing), tuple(unexpected), tuple(misshapen), tuple(ignored))
+
+
+# ---- files
+
+
+def read_flax(path: str | Path) -> Tree:
+    """Read a Flax checkpoint file: '/'-joined name -> array.
+
+    A flattened `.npz` or Flax's msgpack; the nesting of old checkpoints (`optimizer/target`, `params`) is taken off, and
+    what lies beside the parameters (optimizer state, step count) is left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is neither format, is damaged, or holds no parameters.
+    """
+    path = Path(path)
+    data = path.read_bytes() if not zipfile.is_zipfile(path) else None
+    flat = _read_npz(path) if data is None else _read_msgpack(data, path)
+    for prefix in ("optimizer/target/params/", "optimizer/target/", "params/"):
+        if any(name.startswith(prefix) for name in flat):
+            flat = {name.removeprefix(prefix): array for name, array in flat.items() if name.startswith(prefix)}
+            break
+    if not flat:
+        raise CheckpointError(f"{path}: holds no parameters")
+    return flat
+
+
+def _read_npz(path: Path) -> Tree:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: damaged npz file: {error}") from error
+
+
+def _read_msgpack(data: bytes, path: Path) -> Tree:
+    import msgpack
+
+    try:
+        nested = msgpack.unpackb(data, ext_hook=_decode_extension, raw=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise CheckpointError(f"{path}: neither an npz file nor Flax msgpack: {error}") from error
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{path}: neither an npz file nor Flax msgpack")
+    return dict(_flatten(nested, ""))
+
+
+def _decode_extension(code: int, data: bytes) -> Any:
+    """Flax's msgpack extensions: 1 is an array, 2 a complex number, 3 a numpy scalar."""
+    import msgpack
+
+    if code not in (1, 3):
+        return None
+    shape, dtype, content = msgpack.unpackb(data, raw=False)
+    if dtype == "bfloat16":  # numpy has no such type; it is the upper half of a float32
+        wide = np.frombuffer(content, dtype=np.uint16).astype(np.uint32) << 16
+        array = wide.view(np.float32)
+    else:
+        array = np.frombuffer(content, dtype=np.dtype(dtype))
+    array = array.reshape(shape)
+    return array if code == 1 else array[()]
+
+
+def _flatten(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and "__msgpack_chunked_array__" in value:  # arrays over 1 GiB are stored in pieces
+            chunks = [value["chunks"][str(i)] for i in range(len(value["chunks"]))]
+            shape = [value["shape"][str(i)] for i in range(len(value["shape"]))]
+            yield name, np.concatenate([chunk.reshape(-1) for chunk in chunks]).reshape(shape)
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{name}/")
+        elif isinstance(value, np.ndarray):
+            yield name, value
