@@ -1,0 +1,195 @@
+"""Stage 3: captions with traces, region captions and referring expressions, on frozen features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.prompt_encoder import pixelllm_prompt
+from deixis_train.tabletop.losses import box_loss, iou
+from deixis_train.tabletop.rows import Row, SceneData, decoder_arrays, pad_ids
+from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
+
+REFERS, REGIONS = 3, 2  # rows of a scene in a batch, beside one caption
+SMOOTHING = 0.1
+
+
+@dataclass
+class Batch:
+    """Rows of several scenes; `prompt` says which visual prefix a row reads (0..B-1 whole pictures, then regions)."""
+
+    features: Tensor  # [B, g, g, C]
+    whole: Tensor  # boxes of the whole pictures [B, 4], px
+    region_points: Tensor  # [K, P, 2] px
+    region_labels: Tensor  # [K, P]
+    region_picture: Tensor  # [K]
+    rows: list[Row]
+    prompt: Tensor  # [R]
+    target_cells: Tensor  # [R, g * g], 1 where the object meant owns the cell
+
+
+def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cell_px: int) -> Batch:
+    rows: list[Row] = []
+    prompt, cells, points, labels, pictures = [], [], [], [], []
+    as_points = rng.random() < 0.3  # prompts of one call have the same number of tokens, so a batch asks one way
+    for b, i in enumerate(index):
+        scene, owner = data.scenes[i], data.owner[i]
+        chosen = [(row, b) for row in _pick(scene.captions, 1, rng) + _pick(scene.refers, REFERS, rng)]
+        for row in _pick(scene.regions, REGIONS, rng):
+            chosen.append((row, len(index) + len(points)))
+            place = _inside(scene.boxes[row.thing], owner == row.thing, cell_px, rng)
+            box = _jitter(scene.boxes[row.thing], scene.width, scene.height, rng)
+            points.append([place, (0.0, 0.0)] if as_points else [box[:2], box[2:]] + [(0.0, 0.0)] * 3)
+            labels.append([1, -1] if as_points else [2, 3, -2, -2, -2])
+            pictures.append(b)
+        for row, which in chosen:
+            rows.append(row)
+            prompt.append(which)
+            cells.append((owner == row.thing) & (row.thing >= 0))
+    whole = [(0.0, 0.0, float(data.scenes[i].width), float(data.scenes[i].height)) for i in index]
+    return Batch(
+        data.features(index),
+        torch.tensor(whole),
+        torch.tensor(points, dtype=torch.float32),
+        torch.tensor(labels),
+        torch.tensor(pictures),
+        rows,
+        torch.tensor(prompt),
+        torch.from_numpy(np.stack(cells)).flatten(1).float(),
+    )
+
+
+def _pick(rows: list[Row], count: int, rng: np.random.Generator) -> list[Row]:
+    if not rows:
+        return []
+    return [rows[i] for i in rng.permutation(len(rows))[:count]]
+
+
+def _inside(box: tuple[float, ...], cells: np.ndarray, cell_px: int, rng: np.random.Generator) -> tuple[float, float]:
+    """A place on the object: in one of its cells and its box, px."""
+    found = np.argwhere(cells)
+    if not len(found):
+        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    row, column = found[rng.integers(len(found))]
+    x, y = (column + rng.random()) * cell_px, (row + rng.random()) * cell_px
+    return float(np.clip(x, box[0], box[2])), float(np.clip(y, box[1], box[3]))
+
+
+def _jitter(box: tuple[float, ...], width: int, height: int, rng: np.random.Generator) -> tuple[float, ...]:
+    """The box as a person would draw it: each side moved by up to 6 % of its length."""
+    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
+    moved = np.array(box) + rng.uniform(-0.06, 0.06, 4) * sides
+    return tuple(float(v) for v in np.clip(moved, 0, [width, height, width, height]))
+
+
+def run_rows(model: PixelLLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Encoded visual tokens [R, Q, E], logits [R, L, V], locations [R, L, 4], and `decoder_arrays` of the rows."""
+    pictures = torch.arange(len(batch.whole))
+    prefix = model.extract_prompt(batch.features, pictures, *pixelllm_prompt(batch.whole, 1.0))
+    if len(batch.region_points):
+        region = model.extract_prompt(batch.features, batch.region_picture, batch.region_points, batch.region_labels)
+        prefix = torch.cat([prefix, region])
+    visual = prefix[batch.prompt]
+    encoded, valid = model.text.encode(visual, pad_ids([row.context for row in batch.rows]))
+    ids, boxes, has_box = decoder_arrays(batch.rows)
+    logits, features = model.text.decode(ids, encoded, valid)
+    assert logits is not None
+    return encoded[:, : visual.shape[1]], logits, model.locate(features).flatten(-2), ids, boxes, has_box
+
+
+def losses(model: PixelLLM, matcher: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    encoded, logits, locations, ids, boxes, has_box = run_rows(model, batch)
+    refer = torch.tensor([row.task == "refer" for row in batch.rows])
+    # The box of an expression is read where the end is predicted (section 8); the words before only help to learn.
+    last = F.pad(ids[:, 1:] == 1, (0, 1))
+    refer_weight = has_box * refer[:, None] * torch.where(last, 1.0, 0.2)
+    labels = F.pad(ids[:, 1:], (0, 1)).masked_fill(refer[:, None], 0)
+    text = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0, label_smoothing=SMOOTHING)
+    match = F.binary_cross_entropy_with_logits(
+        matcher(encoded[refer])[..., 0], batch.target_cells[refer], pos_weight=torch.tensor(5.0)
+    )
+    parts = {
+        "text": text,
+        "trace": box_loss(locations, boxes, has_box * ~refer[:, None]),
+        "refer": 2 * box_loss(locations, boxes, refer_weight),
+        "match": 2 * match,
+    }
+    with torch.no_grad():
+        at_end = (refer_weight == 1.0) & last
+        ratio, _ = iou(locations[at_end], boxes[at_end])
+    return parts, {"P@0.5": (ratio > 0.5).float().mean().item(), "IoU": ratio.mean().item()}
+
+
+@torch.inference_mode()
+def held_out(model: PixelLLM, data: SceneData, limit: int) -> dict[str, float]:
+    """P@0.5 and mean IoU over every expression of the first `limit` scenes, in torch; the exported bundle is measured elsewhere."""
+    model.eval()
+    ratios = []
+    for i in range(min(limit, len(data))):
+        scene = data.scenes[i]
+        if not scene.refers:
+            continue
+        whole = torch.tensor([[0.0, 0.0, float(scene.width), float(scene.height)]])
+        empty = torch.zeros(0, 5, 2), torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        prompt, cells = torch.zeros(len(scene.refers), dtype=torch.long), torch.zeros(0)
+        batch = Batch(data.features(np.array([i])), whole, *empty, scene.refers, prompt, cells)
+        _, _, locations, ids, boxes, _ = run_rows(model, batch)
+        last = F.pad(ids[:, 1:] == 1, (0, 1))
+        ratios.append(iou(locations[last], boxes[last])[0])
+    model.train()
+    every = torch.cat(ratios)
+    return {"val_P@0.5": (every > 0.5).float().mean().item(), "val_IoU": every.mean().item()}
+
+
+def train(
+    model: PixelLLM,
+    tokenizer: Tokenizer,
+    data: tuple[Path, Path],
+    held: tuple[Path, Path],
+    out: Path,
+    *,
+    steps: int,
+    batch: int = 16,
+    rate: float = 1e-3,
+) -> None:
+    """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
+    matcher = nn.Linear(
+        model.config.t5.emb, 1
+    )  # helps the text encoder to find the object meant; thrown away afterwards
+    trained = nn.ModuleDict(
+        {
+            "prompt_adapter": model.prompt_adapter,
+            "visual_projection": model.visual_projection,
+            "text": model.text,
+            "point_predictor": model.point_predictor,
+        }
+    )
+    optimizer = adamw([trained, matcher], weight_decay=0.01)
+    stage = Stage(out, "train", {"model": trained, "matcher": matcher}, optimizer)
+    first = stage.resume()
+    if first >= steps:
+        return
+    scenes, held_scenes = SceneData(*data, tokenizer), SceneData(*held, tokenizer)
+    cell_px = model.config.image_size // model.grid
+    model.train()
+    for step in range(first, steps):
+        rng = np.random.default_rng((11, step))
+        drawn = draw_batch(scenes, rng.choice(len(scenes), batch, replace=False), rng, cell_px)
+        set_learning_rate(optimizer, cosine(step, steps, rate, warmup=200))
+        parts, figures = losses(model, matcher, drawn)
+        optimizer.zero_grad()
+        torch.stack(list(parts.values())).sum().backward()
+        nn.utils.clip_grad_norm_([*trained.parameters(), *matcher.parameters()], 1.0)
+        optimizer.step()
+        if (step + 1) % 25 == 0:
+            stage.report(step + 1, steps, {name: loss.item() for name, loss in parts.items()} | figures)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            stage.report(step + 1, steps, held_out(model, held_scenes, 60))
+            stage.save(step + 1)
