@@ -1,0 +1,196 @@
+"""Makes data sets of table scenes: pictures on disk and one JSON line per scene, by processes, resumable.
+
+Layout of a data set directory::
+
+    images/000000.jpg     pictures, JPEG quality 92
+    scenes-0000.jsonl     one line per scene, a shard of ``--shard`` scenes; appears when the whole shard is done
+
+A line holds id, file, width, height, seed, table (box of the visible table top), objects (kind, color, size, box, foot,
+rle, visible), captions (words, boxes: one box per word), expressions and regions (text, object: index into objects).
+Boxes are x0, y0, x1, y1 in px of the stored picture, x1 and y1 exclusive, tight around the visible pixels. ``rle`` is a
+compressed COCO run-length encoding of the visible pixels. A scene's seed is ``--seed`` + its id: data sets whose ranges
+of seeds do not meet share no scene.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from deixis_train.data.scenes import language
+from deixis_train.data.scenes.render import draw
+from deixis_train.data.scenes.world import MIN_OBJECTS, World, build_world
+
+MIN_VISIBLE = 0.35  # share of its outline that an object must show
+MIN_PIXELS = 150  # of a picture whose longer side has 512 px
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A finished scene. picture: uint8 RGB [h, w, 3]. masks: bool [n, h, w], visible pixels. items: the objects as the
+    texts see them. visible: share of each object's outline in sight. table: box of the visible table top in px."""
+
+    seed: int
+    picture: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+    items: tuple[language.Item, ...]
+    visible: tuple[float, ...]
+    table: language.Box
+
+
+def tight_box(mask: NDArray[np.bool_]) -> language.Box:
+    """Box x0, y0, x1, y1 (exclusive ends, px) of a mask [h, w] with at least one pixel."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+
+
+def make_scene(seed: int, size: int = 512) -> Scene:
+    """The scene of a seed; its longer side has ``size`` px. Every object of it shows at least ``MIN_VISIBLE`` of its
+    outline and enough pixels to be talked about: objects that do not are taken away and the scene is drawn again."""
+    least = MIN_PIXELS * (size / 512) ** 2
+    attempt = 0
+    while True:
+        world = build_world(np.random.default_rng([seed, attempt, 0]), size)
+        while len(world.objects) >= MIN_OBJECTS:
+            drawing = draw(world, np.random.default_rng([seed, attempt, 1]))
+            good = [
+                share >= MIN_VISIBLE and np.count_nonzero(mask) >= least
+                for share, mask in zip(drawing.visible, drawing.masks, strict=True)
+            ]
+            if all(good) and drawing.table is not None:
+                items = []
+                for placed, mask in zip(world.objects, drawing.masks, strict=True):
+                    foot, _ = world.camera.project(np.array([*placed.at, 0.0]))
+                    x, y = (round(float(v), 1) for v in foot)
+                    items.append(language.Item(placed.kind, placed.color, placed.size, tight_box(mask), (x, y)))
+                return Scene(seed, drawing.picture, drawing.masks, tuple(items), tuple(drawing.visible), drawing.table)
+            keep = tuple(o for o, fine in zip(world.objects, good, strict=True) if fine)
+            world = World(world.camera, world.table, world.light, keep if len(keep) < len(good) else ())
+        attempt += 1
+
+
+def describe(scene: Scene, index: int, captions: int = 2) -> dict[str, Any]:
+    """The scene's line: everything but the picture. Of the five captions the plainest always comes first, the
+    remaining ``captions`` - 1 are drawn by the seed."""
+    height, width = scene.picture.shape[:2]
+    rng = np.random.default_rng([scene.seed, 2])
+    texts = language.captions(scene.items, scene.table, width)
+    chosen = [texts[0], *(texts[1 + int(k)] for k in np.sort(rng.permutation(len(texts) - 1)[: captions - 1]))]
+    objects = []
+    for item, mask, share in zip(scene.items, scene.masks, scene.visible, strict=True):
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        objects.append(
+            {
+                "kind": item.kind,
+                "color": item.color,
+                "size": item.size,
+                "box": item.box,
+                "foot": item.foot,
+                "rle": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                "visible": round(share, 3),
+            }
+        )
+    return {
+        "id": index,
+        "file": f"images/{index:06d}.jpg",
+        "width": width,
+        "height": height,
+        "seed": scene.seed,
+        "table": scene.table,
+        "objects": objects,
+        "captions": [{"words": [w for w, _ in words], "boxes": [b for _, b in words]} for words in chosen],
+        "expressions": [
+            {"text": text, "object": k} for text, k in language.expressions(scene.items, width, height, rng)
+        ],
+        "regions": [{"text": language.region(item), "object": k} for k, item in enumerate(scene.items)],
+    }
+
+
+def shard_path(out: Path, shard: int) -> Path:
+    """Where shard number ``shard`` of the data set ``out`` lies."""
+    return out / f"scenes-{shard:04d}.jsonl"
+
+
+def _is_complete(path: Path, indices: range, seed: int) -> bool:
+    """Whether ``path`` holds the scenes ``indices`` of ``seed``. Shards appear whole, so another content means that
+    the directory belongs to another data set: ValueError."""
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as lines:
+        found = [(line["id"], line["seed"]) for line in map(json.loads, lines)]
+    wanted = [(i, seed + i) for i in indices]
+    if found != wanted[: len(found)]:
+        raise ValueError(f"{path} holds scenes of another seed or shard size; choose another directory")
+    return found == wanted
+
+
+def write_shard(job: tuple[int, range], out: Path, seed: int, size: int, captions: int) -> int:
+    """Makes and writes the scenes ``job[1]`` as shard ``job[0]``; returns how many were made (0 if all was there)."""
+    shard, indices = job
+    path = shard_path(out, shard)
+    if _is_complete(path, indices, seed):
+        return 0
+    cv2.setNumThreads(1)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("w", encoding="utf-8") as lines:
+        for index in indices:
+            scene = make_scene(seed + index, size)
+            line = describe(scene, index, captions)
+            ok, data = cv2.imencode(".jpg", scene.picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            if not ok:
+                raise OSError(f"cannot encode {line['file']}")
+            (out / line["file"]).write_bytes(data.tobytes())
+            lines.write(json.dumps(line, separators=(",", ":")) + "\n")
+    temporary.replace(path)
+    return len(indices)
+
+
+def generate(
+    out: Path, seed: int, count: int, size: int = 512, workers: int = 2, shard: int = 500, captions: int = 2
+) -> int:
+    """Makes scenes 0..count-1 under ``out``, skipping complete shards; returns how many were made. Raises ValueError
+    where ``out`` holds another data set."""
+    if min(seed, count, workers, shard, captions) < 1 or captions > 5 or size < 128:
+        raise ValueError("seed, count, workers, shard and captions start at 1; captions end at 5; size starts at 128")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    jobs = [(k, range(first, min(first + shard, count))) for k, first in enumerate(range(0, count, shard))]
+    run = partial(write_shard, out=out, seed=seed, size=size, captions=captions)
+    started, made = time.monotonic(), 0
+    if workers == 1:
+        for job in jobs:
+            made += run(job)
+        return made
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        for fresh in pool.imap_unordered(run, jobs):
+            made += fresh
+            seconds = time.monotonic() - started
+            print(f"{made} scenes in {seconds:.0f} s, {made / seconds:.1f} a second", flush=True)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="deixis_train.data.scenes", description="Make a data set of table scenes.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the data set; resumed if it has shards")
+    parser.add_argument("--seed", type=int, required=True, help="scene i has seed SEED + i")
+    parser.add_argument("--count", type=int, required=True, help="number of scenes")
+    parser.add_argument("--size", type=int, default=512, help="longer side of the pictures in px (default 512)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--shard", type=int, default=500, help="scenes per JSONL file (default 500)")
+    parser.add_argument("--captions", type=int, default=2, help="captions per scene, 1 to 5 (default 2)")
+    options = parser.parse_args(arguments)
+    generate(**vars(options))
+    return 0
