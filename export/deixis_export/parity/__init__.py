@@ -1,0 +1,1 @@
+"""Compares our models with golden vectors: `python -m deixis_export.parity DIR [--through torch|onnx]`."""
