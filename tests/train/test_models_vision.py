@@ -282,8 +282,40 @@ def test_referring_mask_golden(model: PixelLLM, picture: tuple[Tensor, Tensor]) 
 # ---- the whole model and its checkpoints
 
 
-def test_name_table_covers_the_state_dict(model: PixelLLM) -> None:
-    assert sorted(entry.target for entry in name_table(model)) == sorted(model.state_dict())
+VARIANTS = {
+    "as it is": {},
+    "prompts as wide as the adapter": {"prompt_embed_dim": 48},
+    "one output token": {"prompt_adapter": dataclasses.replace(PRESETS["tiny"].prompt_adapter, num_outputs=1)},
+    "no gate": {"mask_adapter": dataclasses.replace(PRESETS["tiny"].mask_adapter, gating=False)},
+    "no LoRA": {"t5": dataclasses.replace(PRESETS["tiny"].t5, enc_rank=0, dec_rank=0)},
+    "no heads": {"point_predictor": None, "mask_adapter": None, "mask_decoder": None},
+    "other depths": {
+        "semantic": dataclasses.replace(PRESETS["tiny"].semantic, depth=1, num_heads=1),
+        "sam": dataclasses.replace(PRESETS["tiny"].sam, depth=2, window_size=5, window_block_indexes=(1,)),
+    },
+}
+
+
+def in_flax_layout(model: PixelLLM) -> dict[str, np.ndarray]:
+    """The model's weights as a Flax tree: the reverse of the loader."""
+    state = model.state_dict()
+    tree = {}
+    for entry in name_table(model):
+        arrays = list(state[entry.target]) if entry.stacked else [state[entry.target]]
+        for name, array in zip(entry.sources, arrays, strict=True):
+            back = {"_dense": (1, 0), "_conv": (2, 3, 1, 0)}.get(entry.convert.__name__)
+            tree[name] = array.permute(back).numpy() if back else array.numpy()
+    return tree
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_load_flax_fills_every_variant(name: str) -> None:
+    config = dataclasses.replace(PRESETS["tiny"], **VARIANTS[name])
+    source, receiver = PixelLLM(config), PixelLLM(config)
+    assert sorted(entry.target for entry in name_table(source)) == sorted(source.state_dict())
+    load_flax(receiver, in_flax_layout(source)).raise_if_incomplete()
+    for key, value in source.state_dict().items():
+        assert torch.equal(value, receiver.state_dict()[key]), key
 
 
 def test_golden_config_is_the_tiny_preset() -> None:

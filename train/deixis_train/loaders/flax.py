@@ -41,8 +41,8 @@ def _dense(kernel: np.ndarray) -> np.ndarray:
 def _conv(kernel: np.ndarray) -> np.ndarray:
     """Convolution [kh, kw, in, out] -> [out, in, kh, kw].
 
-    The transposed convolutions of the mask decoder are stored [kh, kw, out, in] and become [in, out, kh, kw], not flipped:
-    the same permutation (section 16.1).
+    The transposed convolutions of the mask decoder are stored [kh, kw, out, in] and become [in, out, kh, kw] without a
+    flip: the same permutation (section 16.1).
     """
     return kernel.transpose(3, 2, 0, 1)
 
@@ -226,9 +226,9 @@ def _mask_decoder(model: PixelLLM) -> Iterator[Entry]:
     yield from _conv2d(f"{ours}.output_upscaling.0", f"{theirs}/output_upscaling/0")
     yield from _norm(f"{ours}.output_upscaling.1", f"{theirs}/output_upscaling/1")
     yield from _conv2d(f"{ours}.output_upscaling.3", f"{theirs}/output_upscaling/3")
-    for i, mlp in enumerate(decoder.output_hypernetworks_mlps):
-        for j in range(len(mlp.layers)):
-            name = f"output_hypernetworks_mlps.{i}"
+    for i in range(decoder.num_masks):
+        name = f"output_hypernetworks_mlps.{i}"
+        for j in range(decoder.HYPERNETWORK_DEPTH):
             yield from _linear(f"{ours}.{name}.layers.{j}", f"{theirs}/{name}/layers.{j}")
     for j in range(len(decoder.iou_prediction_head.layers)):
         yield from _linear(f"{ours}.iou_prediction_head.layers.{j}", f"{theirs}/iou_prediction_head/layers.{j}")
@@ -297,7 +297,7 @@ def load_flax(model: PixelLLM, tree: Mapping[str, np.ndarray]) -> LoadReport:
 def read_flax(path: str | Path) -> Tree:
     """Read a Flax checkpoint file: '/'-joined name -> array.
 
-    A flattened `.npz` or Flax's msgpack; the nesting of old checkpoints (`optimizer/target`, `params`) is taken off, and
+    A flattened `.npz` or Flax's msgpack. The nesting of checkpoints (`optimizer/target`, `params`) is taken off, and
     what lies beside the parameters (optimizer state, step count) is left out.
 
     Raises:

@@ -38,8 +38,8 @@ _FIELDS = {
 def config_from_golden(config_json: dict[str, Any]) -> PixelLLMConfig:
     """The model's configuration from the `config.json` of a golden directory.
 
-    Point predictor, mask decoder and mask adapter are absent from the model where the file does not mention them. A text
-    model without LoRA ranks has no LoRA. Fields that say nothing about our parts (detector, beams, ...) are left alone.
+    Point predictor, mask decoder and mask adapter are absent from the model where the file does not mention them, and
+    so is LoRA where it gives no ranks. Fields that say nothing about our parts (detector, beams, ...) are left alone.
 
     Raises:
         ValueError: if an encoder, the prompt adapter or the text model is not described.

@@ -89,6 +89,9 @@ class Eva02(nn.Module):
     parameters and constants, so training can move the table and an exporter folds it.
     """
 
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     def __init__(self, config: Eva02Config, image_size: int) -> None:
         super().__init__()
         dim = config.embed_dim

@@ -25,7 +25,7 @@ class MaskAdapter(nn.Module):
         self.transformer = TwoWayTransformer(config.depth, dim, config.num_heads, config.mlp_dim)
 
     def forward(self, visual: Tensor, text_features: Tensor) -> Tensor:
-        """Visual prefix [R, Q, E] and features of all text positions [R, L, E] -> [R, 2, D], to be added to the corners."""
+        """Visual prefix [R, Q, E], features of all text positions [R, L, E] -> [R, 2, D] to add to the corners."""
         keys = torch.cat([self.visual_projection(visual), self.textual_projection(text_features)], dim=1)
         tokens = self.output_tokens.expand(keys.shape[0], -1, -1)
         delta, _ = self.transformer(keys, 0.0, tokens)
@@ -34,6 +34,8 @@ class MaskAdapter(nn.Module):
 
 class MaskDecoder(nn.Module):
     """SAM's mask decoder (section 9.3). It always computes all masks; the caller chooses among them."""
+
+    HYPERNETWORK_DEPTH = 3
 
     def __init__(self, config: MaskDecoderConfig, dim: int) -> None:
         super().__init__()
@@ -49,7 +51,9 @@ class MaskDecoder(nn.Module):
             nn.GELU(),
         )
         hidden = config.iou_head_hidden_dim  # of both kinds of heads; equal to `dim` in the published SAM
-        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, hidden, dim // 8, 3) for _ in range(self.num_masks))
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(dim, hidden, dim // 8, self.HYPERNETWORK_DEPTH) for _ in range(self.num_masks)
+        )
         self.iou_prediction_head = MLP(dim, hidden, self.num_masks, config.iou_head_depth)
 
     def forward(self, sparse: Tensor, image: Tensor, image_pe: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """PixelLLM put together (section 1). Every method is one stage of a request, so an export wraps one method per graph.
 
 Letters in shapes: B pictures, S `image_size`, g side of the fused grid, h side of the SAM grid, C1 and C2 widths of the
-semantic and the SAM map, R prompts (rows), P points of a prompt, Q visual tokens, E width of the text model, L text length.
+semantic and the SAM map, R prompts (rows), P points of a prompt, Q visual tokens, E width of the text model,
+L text length.
 """
 
 from __future__ import annotations
@@ -110,12 +111,17 @@ class PixelLLM(nn.Module):
             labels: [R, P] int64, see `PromptEncoder.forward`; `prompt_encoder.pixelllm_prompt` makes both from boxes.
 
         Returns:
-            [R, Q, E], the first part of the text encoder's input.
+            [R, Q, E], the first part of the text encoder's input: the learned output tokens, or with `prompt_fuse` "dense"
+            every token of the image, row by row.
         """
         sparse = self.prompt_encoder(points, labels)
         image_pe = self.prompt_encoder.dense_pe(self.grid, self.grid)
         dense = self.prompt_encoder.no_mask()
-        return self.visual_projection(self.prompt_adapter(features, image_index, image_pe, sparse, dense))
+        if self.config.prompt_fuse == "dense":
+            out = self.prompt_adapter.dense_output(features, image_index, image_pe, sparse, dense).flatten(1, 2)
+        else:
+            out = self.prompt_adapter(features, image_index, image_pe, sparse, dense)
+        return self.visual_projection(out)
 
     def locate(self, features: Tensor) -> Tensor:
         """Text features [R, L, E] -> points [R, L, 2, 2] as fractions of the real width and height (section 8)."""
@@ -173,8 +179,8 @@ class PixelLLM(nn.Module):
     def init_weights(self) -> None:
         """Start values for training from nothing.
 
-        The ViT encoders get the usual truncated normal of 0.02; the two-way transformers and heads, which are narrow and
-        few layers deep, keep the variance instead (Xavier). The text model and TinyViT bring their own.
+        The ViT encoders get the usual truncated normal of 0.02; the two-way transformers and heads, narrow as they are,
+        keep the variance instead (Xavier). The text model and TinyViT bring their own.
         """
         for encoder in (self.semantic_encoder, self.sam_encoder):
             if isinstance(encoder, TinyVit):

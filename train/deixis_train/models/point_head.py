@@ -46,7 +46,8 @@ def valid_tokens(tokens: Tensor, rule: str, begin: int, end: int) -> Tensor:
     """Positions whose points count (section 8): boolean, of the shape of `tokens` [..., L].
 
     `rule` lists what to drop, separated by commas: `begin`, `end`, `pad`; `end-1` is the position whose next token is
-    `end`; `text` is everything that is none of begin, end and pad. A leading `^` negates the result. An empty rule keeps all.
+    `end`; `text` is everything that is none of begin, end and pad. A leading `^` negates the result. An empty
+    rule keeps every position.
 
     Raises:
         ValueError: for a word that is not in `VALID_RULES`.

@@ -36,6 +36,9 @@ def normalize(image: Tensor, valid_hw: Tensor, mean: Tensor, std: Tensor) -> Ten
 class Preprocess(nn.Module):
     """`normalize`, then the bilinear antialiased resize from `image_size` to the `branch_size` of one encoder."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, image_size: int, branch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if branch_size > image_size:

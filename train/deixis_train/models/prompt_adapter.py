@@ -26,7 +26,7 @@ class PromptAdapter(nn.Module):
         self.transformer = TwoWayTransformer(config.depth, dim, config.num_heads, config.mlp_dim)
         self.output_weight = nn.Parameter(torch.zeros(config.num_outputs, dim, config.output_dim))
         self.output_bias = nn.Parameter(torch.zeros(config.num_outputs, config.output_dim))
-        self.dense_output_projection = nn.Linear(dim, config.output_dim)  # in the checkpoints, but nothing reads it
+        self.dense_output_projection = nn.Linear(dim, config.output_dim)  # read only when `prompt_fuse` is dense
 
     def _run(
         self, features: Tensor, image_index: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
@@ -58,7 +58,7 @@ class PromptAdapter(nn.Module):
     def dense_output(
         self, features: Tensor, image_index: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
     ) -> Tensor:
-        """The image side of the same run, [R, h, w, output_dim]. The model does not use it; parity checks do."""
+        """The image side of the same run, [R, h, w, output_dim]. The prefix of models whose `prompt_fuse` is dense."""
         _, image = self._run(features, image_index, image_pe, sparse, dense)
         return self.dense_output_projection(image).unflatten(1, features.shape[1:3])
 

@@ -14,6 +14,8 @@ NO_MASK, NOT_A_POINT, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -2, -
 class FourierCode(nn.Module):
     """Random Fourier features of a place in the unit square. The matrix is fixed, not trained."""
 
+    positional_encoding_gaussian_matrix: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))

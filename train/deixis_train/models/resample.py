@@ -58,6 +58,8 @@ def resize(x: Tensor, size: tuple[int, int], kernel: Kernel) -> Tensor:
 class Resize(nn.Module):
     """`resize` between two square sizes known beforehand; keeps its matrix, so that an exporter sees constants."""
 
+    matrix: Tensor
+
     def __init__(self, n_in: int, n_out: int, kernel: Kernel) -> None:
         super().__init__()
         self.identity = n_in == n_out

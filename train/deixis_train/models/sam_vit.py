@@ -17,6 +17,9 @@ class SamAttention(nn.Module):
     `table_size` is the side the relative tables were trained for; they are resampled when it differs from `size`.
     """
 
+    rel_resize: Tensor | None
+    rel_index: Tensor
+
     def __init__(self, dim: int, num_heads: int, size: int, table_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
