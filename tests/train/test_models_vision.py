@@ -438,6 +438,14 @@ def test_prompts_of_several_pictures_equal_one_by_one(model: PixelLLM, picture: 
         check(alone, together[i : i + 1])
 
 
+def test_dense_prompt_fusion_gives_a_token_per_place(picture: tuple[Tensor, Tensor]) -> None:
+    model = PixelLLM(dataclasses.replace(PRESETS["tiny"], prompt_fuse="dense")).eval()
+    features = model.features(model.encode_image(*picture))
+    prompt = pixelllm_prompt(torch.tensor([[3.0, 4, 50, 60]]))
+    prefix = model.extract_prompt(features, torch.tensor([1]), *prompt)
+    assert prefix.shape == (1, model.grid**2, model.config.t5.emb)
+
+
 def test_a_fresh_mask_adapter_changes_nothing() -> None:
     model = PixelLLM(PRESETS["tiny"]).eval()
     assert model.mask_adapter is not None

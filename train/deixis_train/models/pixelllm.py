@@ -111,8 +111,8 @@ class PixelLLM(nn.Module):
             labels: [R, P] int64, see `PromptEncoder.forward`; `prompt_encoder.pixelllm_prompt` makes both from boxes.
 
         Returns:
-            [R, Q, E], the first part of the text encoder's input: the learned output tokens, or with `prompt_fuse` "dense"
-            every token of the image, row by row.
+            [R, Q, E], the first part of the text encoder's input: the learned output tokens, or with `prompt_fuse`
+            "dense" every place of the grid, row by row.
         """
         sparse = self.prompt_encoder(points, labels)
         image_pe = self.prompt_encoder.dense_pe(self.grid, self.grid)
