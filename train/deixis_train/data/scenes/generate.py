@@ -125,16 +125,19 @@ def shard_path(out: Path, shard: int) -> Path:
     return out / f"scenes-{shard:04d}.jsonl"
 
 
-def _is_complete(path: Path, indices: range, seed: int) -> bool:
-    """Whether ``path`` holds the scenes ``indices`` of ``seed``. Shards appear whole, so another content means that
-    the directory belongs to another data set: ValueError."""
+def _is_complete(path: Path, indices: range, seed: int, size: int, captions: int) -> bool:
+    """Whether ``path`` holds the scenes ``indices`` of this data set. Shards appear whole, so another content means
+    that the directory belongs to another data set: ValueError."""
     if not path.exists():
         return False
     with path.open(encoding="utf-8") as lines:
-        found = [(line["id"], line["seed"]) for line in map(json.loads, lines)]
-    wanted = [(i, seed + i) for i in indices]
+        found = [
+            (line["id"], line["seed"], max(line["width"], line["height"]), len(line["captions"]))
+            for line in map(json.loads, lines)
+        ]
+    wanted = [(i, seed + i, size, captions) for i in indices]
     if found != wanted[: len(found)]:
-        raise ValueError(f"{path} holds scenes of another seed or shard size; choose another directory")
+        raise ValueError(f"{path} was made with another seed, count, size, shard or captions; choose another directory")
     return found == wanted
 
 
@@ -142,7 +145,7 @@ def write_shard(job: tuple[int, range], out: Path, seed: int, size: int, caption
     """Makes and writes the scenes ``job[1]`` as shard ``job[0]``; returns how many were made (0 if all was there)."""
     shard, indices = job
     path = shard_path(out, shard)
-    if _is_complete(path, indices, seed):
+    if _is_complete(path, indices, seed, size, captions):
         return 0
     cv2.setNumThreads(1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

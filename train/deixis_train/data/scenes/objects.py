@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,7 +126,7 @@ def _join(parts: list[list[Part] | Part]) -> Mesh:
 def _curve(points: list[tuple[float, float]], cells: int) -> list[tuple[float, float]]:
     """The polyline of ``points`` with every leg split into ``cells``."""
     out = [points[0]]
-    for (r0, z0), (r1, z1) in zip(points, points[1:], strict=False):
+    for (r0, z0), (r1, z1) in pairwise(points):
         out += [(r0 + (r1 - r0) * k / cells, z0 + (z1 - z0) * k / cells) for k in range(1, cells + 1)]
     return out
 
@@ -263,7 +264,7 @@ def mesh(kind: str) -> Mesh:
 
 
 def face_colors(kind: str, main: Floats) -> Floats:
-    """Albedo of every face of ``kind``, float64 [q, 3] in 0..1 (sRGB), for an object whose main colour is ``main`` [3]."""
+    """Albedo of every face of ``kind`` for an object whose main colour is ``main`` [3]: sRGB 0..1, float64 [q, 3]."""
     dark_main = float(main.mean()) < 0.25
     palette = np.array(
         [

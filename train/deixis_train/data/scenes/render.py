@@ -158,8 +158,8 @@ def _shade(world: World, placed: Placed, centers: Floats, normals: Floats, gloss
 
 
 def _faces(world: World, placed: Placed) -> tuple[NDArray[np.int32], Floats, Floats, Floats]:
-    """Corners [q, 4, 2] (fixed-point px of the supersampled picture, far to near), colours [q, 3] of the faces that look
-    at the camera, and the lowest and highest corner [2] in supersampled px."""
+    """Corners [q, 4, 2] (fixed-point px of the supersampled picture, far to near), colours [q, 3] of the faces that
+    look at the camera, and the lowest and highest corner [2] in supersampled px."""
     shape, points = mesh(placed.kind), placed.vertices()
     corners = points[shape.quads]
     centers = corners.mean(axis=1)
@@ -216,7 +216,7 @@ def draw(world: World, rng: np.random.Generator) -> Drawing:
         small = (slice(rows.start // OVER, rows.stop // OVER), slice(columns.start // OVER, columns.stop // OVER))
         quarters = own.reshape(own.shape[0] // OVER, OVER, own.shape[1] // OVER, OVER).sum(axis=(1, 3))
         masks[index][small] = (quarters * 2 > OVER * OVER) | (
-            (quarters * 2 == OVER * OVER) & ~masks[:index, *small].any(axis=0)
+            (quarters * 2 == OVER * OVER) & ~masks[(slice(index), *small)].any(axis=0)
         )
 
     palette = np.clip(np.concatenate(colors) * 255, 0, 255).astype(np.uint8)
