@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from deixis_train.data.scenes.objects import face_colors, mesh
 from deixis_train.data.scenes.world import Camera, Placed, World
 
 Floats = NDArray[np.float64]
-Image = NDArray[np.float32]
+Image = NDArray[Any]  # floating point; OpenCV's own annotations say no more
 
 OVER = 2  # supersampling factor per axis
 _SUBPIXEL = 4  # fractional bits of OpenCV's polygon corners
