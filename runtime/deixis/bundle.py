@@ -1,7 +1,8 @@
 """The bundle: a directory with `manifest.json` and the files it names. Standard library only; see docs/bundle.md.
 
-`Manifest` and the dataclasses below are the format: field names are the JSON keys, types are checked strictly, unknown and
-duplicate keys are errors. `open_bundle` reads and checks a bundle, `write_bundle` writes one so that it appears whole or not at all.
+`Manifest` and the dataclasses below are the format: field names are the JSON keys, types are checked strictly, unknown
+and duplicate keys are errors. `open_bundle` reads and checks a bundle, `write_bundle` writes one so that it appears
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
-import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from deixis.errors import BundleFormatError, BundleIntegrityError, BundleNotFoundError, BundleVersionError
+from deixis.schema import build, read_json
 
 FORMAT_NAME = "deixis-bundle"
 FORMAT_VERSION = (1, 0)
@@ -107,8 +109,8 @@ class ImageSpec:
     """How a picture becomes the network input. Normalisation is inside the graphs."""
 
     size: int  # side of the square input, px
-    # "fit_inside": longest side to `size` (smaller pictures grow), plain bilinear with half-pixel centres and no anti-aliasing;
-    # short = floor(size * min / max), long = int(short * max / min) (float32), as in the specification, section 2
+    # "fit_inside": longest side to `size` (smaller pictures grow), plain bilinear with half-pixel centres and no
+    # anti-aliasing; short = floor(size * min / max), long = int(short * (max / min)) in float32 (section 2)
     resize: Literal["fit_inside"] = "fit_inside"
     interpolation: Literal["bilinear"] = "bilinear"
     antialias: bool = False
@@ -138,14 +140,15 @@ class LocationSpec:
 class PromptSpec:
     """Which points and labels a box becomes for the prompt extractor (section 5)."""
 
-    # "box": corners with labels 2, 3, then `padding` points labelled -2. "corners": four corners labelled 1, then one point labelled -1.
+    # "box": corners with labels 2, 3, then `padding` points labelled -2.
+    # "corners": four corners labelled 1, then one point labelled -1.
     box_as: Literal["box", "corners"] = "box"
     padding: int = 3
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One text task: what the text encoder gets and how the decoder is run. `{text}` in `instruction` is the user's text."""
+    """One text task: what the text encoder gets, how the decoder is run. `{text}` in `instruction` is the user's."""
 
     instruction: str
     instruction_tokens: int  # most context tokens, the end token included; a longer instruction is cut
@@ -231,12 +234,20 @@ def open_bundle(path: str | os.PathLike[str], *, verify_hashes: bool = True) -> 
     if manifest_path.is_symlink() or not manifest_path.is_file():
         raise BundleNotFoundError(f"no bundle at {root}: it has no {MANIFEST_NAME}; export one with `deixis export`")
     if manifest_path.stat().st_size > MANIFEST_MAX_BYTES:
-        raise BundleFormatError(f"{manifest_path}: larger than {MANIFEST_MAX_BYTES} bytes; this is not a deixis manifest")
-    manifest = parse_manifest(manifest_path.read_bytes(), where=str(manifest_path))
-    problems = [p for name, info in sorted(manifest.files.items()) for p in _check_file(root, name, info, verify_hashes)]
+        raise BundleFormatError(
+            f"{manifest_path}: larger than {MANIFEST_MAX_BYTES} bytes; this is not a deixis manifest"
+        )
+    try:
+        data = manifest_path.read_bytes()
+    except OSError as error:
+        raise BundleNotFoundError(f"cannot read {manifest_path}: {error.strerror}; check its permissions") from None
+    manifest = parse_manifest(data, where=str(manifest_path))
+    problems = [
+        p for name, info in sorted(manifest.files.items()) for p in _check_file(root, name, info, verify_hashes)
+    ]
     if problems:
         raise BundleIntegrityError(
-            f"bundle {root} is damaged: {'; '.join(problems)}; copy or export it again", tuple(problems)
+            f"bundle {root} is damaged: {_summary(problems)}; copy or export it again", tuple(problems)
         )
     return Bundle(root.resolve(), manifest)
 
@@ -244,40 +255,57 @@ def open_bundle(path: str | os.PathLike[str], *, verify_hashes: bool = True) -> 
 def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     """Parse and check manifest bytes. Raises BundleFormatError (listing every problem) or BundleVersionError."""
     try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        values = read_json(data)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BundleFormatError(f"{where}: not a manifest: {error}; copy or export the bundle again") from None
-    _check_version(values, where)
+    newer_minor = _check_version(values, where)
     problems: list[str] = []
-    manifest = _parse(Manifest, values, "", problems)
+    manifest = build(Manifest, values, problems)
     if not problems:
         problems += _check_references(manifest)
+    if problems and newer_minor:
+        raise BundleVersionError(
+            f"{where}: bundle format {values['format']['version']} has what this deixis "
+            f"({_dotted(FORMAT_VERSION)}) does not know; upgrade deixis ({_summary(problems)})"
+        )
     if problems:
-        raise BundleFormatError(f"{where}: {'; '.join(problems)}", tuple(problems))
+        raise BundleFormatError(f"{where}: {_summary(problems)}", tuple(problems))
     return manifest
 
 
 @contextmanager
 def write_bundle(destination: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary directory beside `destination` to fill; it takes the destination's name when the block ends well.
+    """Give a temporary directory beside `destination` to fill; it takes that name when the block ends well.
 
     On any error the temporary directory is removed and an existing bundle stays as it was.
-    Raises FileExistsError when the destination exists and `force` is False.
+    Raises FileExistsError when the destination exists and `force` is False, or when it is not a bundle: force replaces
+    bundles, never somebody's other folder.
     """
     target = Path(destination)
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; choose another --out or pass --force")
+    if (
+        target.exists()
+        and not (target / MANIFEST_NAME).is_file()
+        and not (target.is_dir() and not any(target.iterdir()))
+    ):
+        raise FileExistsError(f"{target} exists and is not a bundle, so it is not replaced; choose another --out")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield work
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(work, target)
+            target.replace(old / target.name)
+            try:
+                work.replace(target)
+            except BaseException:
+                (old / target.name).replace(target)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
-            os.replace(work, target)
+            work.replace(target)
         target.chmod(0o755)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -291,12 +319,12 @@ def describe_files(root: Path) -> dict[str, FileInfo]:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into a bundle directory under a temporary name, then rename. The text is parsed back first."""
+    """Write `manifest.json` under a temporary name, then rename. The text is parsed back first."""
     text = manifest.to_json()
     parse_manifest(text.encode())
     temporary = root / f".{MANIFEST_NAME}.tmp"
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, root / MANIFEST_NAME)
+    temporary.replace(root / MANIFEST_NAME)
 
 
 def sha256_of(path: Path) -> str:
@@ -311,19 +339,35 @@ def _digest(stream: typing.BinaryIO) -> str:  # Python 3.10 has no hashlib.file_
     return digest.hexdigest()
 
 
-def _check_version(values: Any, where: str) -> None:
+def _check_version(values: Any, where: str) -> bool:
+    """Refuse other formats and other major versions; True when the minor version is newer than this runtime's."""
     form = values.get("format") if isinstance(values, dict) else None
     if not isinstance(form, dict) or form.get("name") != FORMAT_NAME:
         raise BundleFormatError(f"{where}: not a deixis bundle (no format.name {FORMAT_NAME!r})")
     found = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", str(form.get("version", "")))
     if not found:
-        raise BundleFormatError(f"{where}: format.version must be like '1.0', found {form.get('version')!r}")
-    version = (int(found[1]), int(found[2]))
-    if version > FORMAT_VERSION:
-        raise BundleVersionError(
-            f"{where}: bundle format {found[0]} is newer than this deixis reads "
-            f"({FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}); upgrade deixis or export the bundle again with this version"
+        raise BundleFormatError(
+            f"{where}: format.version must be like '1.0', found {reprlib.repr(form.get('version'))}"
         )
+    version = (int(found[1]), int(found[2]))
+    if version[0] != FORMAT_VERSION[0]:
+        age, advice = ("newer", "upgrade deixis") if version > FORMAT_VERSION else ("older", "use an older deixis")
+        raise BundleVersionError(
+            f"{where}: bundle format {found[0]} is {age} than this deixis reads ({FORMAT_VERSION[0]}.x); "
+            f"{advice} or export the bundle again with this version"
+        )
+    return version > FORMAT_VERSION
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _summary(problems: list[str], most: int = 20) -> str:
+    """The problems as one line that a terminal can show; the exception's `problems` has them all."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    line = "; ".join(p[:300] for p in problems[:most]) + more
+    return "".join(c if c.isprintable() else "?" for c in line)  # keys of a foreign file may hold anything
 
 
 def _check_references(manifest: Manifest) -> list[str]:
@@ -341,84 +385,56 @@ def _check_references(manifest: Manifest) -> list[str]:
     positive = {
         "image.size": manifest.image.size,
         "caches.default_capacity": manifest.caches.default_capacity,
+        **{f"caches.self_cache.{k}": getattr(manifest.caches.self_cache, k) for k in ("layers", "heads", "head_dim")},
+        **{f"caches.cross_cache.{k}": getattr(manifest.caches.cross_cache, k) for k in ("layers", "heads", "head_dim")},
         "tokenizer.vocab_size": manifest.tokenizer.vocab_size,
         "location.points_per_token": manifest.location.points_per_token,
         **{f"tasks.{k}.max_length": t.max_length for k, t in manifest.tasks.items()},
         **{f"tasks.{k}.beams": t.beams for k, t in manifest.tasks.items()},
+        **{f"tasks.{k}.beams_per_node": t.beams_per_node for k, t in manifest.tasks.items()},
     }
     problems += [f"{where}: must be positive, found {value}" for where, value in positive.items() if value < 1]
+    tokenizer = manifest.tokenizer
+    ids = {name: getattr(tokenizer, name) for name in ("begin_id", "end_id", "pad_id", "unknown_id")}
+    problems += [
+        f"tokenizer.{name}: must lie in 0..{tokenizer.vocab_size - 1}, found {value}"
+        for name, value in ids.items()
+        if not 0 <= value < tokenizer.vocab_size
+    ]
+    problems += [
+        f"files.{name}: needs a sha256 of 64 hexadecimal digits and a size from 0 on"
+        for name, info in manifest.files.items()
+        if not re.fullmatch(r"[0-9a-f]{64}", info.sha256) or info.bytes < 0
+    ]
     return problems
 
 
 def _path_problems(name: str) -> list[str]:
     path = PurePosixPath(name)
-    if path.is_absolute() or "\\" in name or ":" in name or ".." in path.parts or str(path) != name or name in ("", "."):
+    if (
+        path.is_absolute()
+        or "\\" in name
+        or ":" in name
+        or ".." in path.parts
+        or str(path) != name
+        or name in ("", ".")
+    ):
         return [f"{name!r} is not a plain path inside the bundle"]
+    if not name.isprintable() or len(name.encode("utf-8", "replace")) > 200:  # also keeps lone surrogates out
+        return [f"{name[:60]!r} is not a usable file name"]
     return []
 
 
 def _check_file(root: Path, name: str, info: FileInfo, verify_hash: bool) -> Iterator[str]:
     path = root / name
-    if any(p.is_symlink() for p in (path, *path.parents) if p != root and root in p.parents):
-        yield f"{name} is a link, which bundles may not hold"
-    elif not path.is_file():
-        yield f"{name} is missing"
-    elif (size := path.stat().st_size) != info.bytes:
-        yield f"{name} has {size} bytes where the manifest says {info.bytes}"
-    elif verify_hash and sha256_of(path) != info.sha256:
-        yield f"{name} was altered (its sha256 differs from the manifest)"
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {sorted({n for n in names if names.count(n) > 1})}")
-    return seen
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _parse(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """Check `value` (from JSON) against a type hint and build it; every mismatch is added to `problems`."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(kind, value, where, problems)
-    if origin is dict and isinstance(value, dict):
-        return {key: _parse(args[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if origin is tuple and isinstance(value, list):
-        return tuple(_parse(args[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
-    accepts: dict[Any, Callable[[Any], bool]] = {
-        int: lambda v: isinstance(v, int) and not isinstance(v, bool),
-        float: lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
-        str: lambda v: isinstance(v, str),
-        bool: lambda v: isinstance(v, bool),
-    }
-    if origin is Literal:
-        good = value in args and type(value) in {type(a) for a in args}
-    elif origin in (typing.Union, types.UnionType):
-        good = any(accepts[option](value) for option in args)
-    else:
-        good = kind in accepts and accepts[kind](value)
-    if not good:
-        expected = " or ".join(map(repr, args)) if origin is Literal else getattr(kind, "__name__", str(kind))
-        problems.append(f"{where.lstrip('.')}: expected {expected}, found {str(value)[:60]!r}")
-    return value
-
-
-def _parse_dataclass(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(value, dict):
-        problems.append(f"{where.lstrip('.') or 'manifest'}: expected an object, found {type(value).__name__}")
-        return None
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    problems += [f"{f'{where}.{key}'.lstrip('.')}: unknown key" for key in value if key not in fields]
-    built: dict[str, Any] = {}
-    for name, item in fields.items():
-        if name in value:
-            built[name] = _parse(hints[name], value[name], f"{where}.{name}", problems)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            problems.append(f"{f'{where}.{name}'.lstrip('.')}: missing")
-    return kind(**built) if not problems else None
+    try:
+        if any(p.is_symlink() for p in (path, *path.parents) if p != root and root in p.parents):
+            yield f"{name} is a link, which bundles may not hold"
+        elif not path.is_file():
+            yield f"{name} is missing"
+        elif (size := path.stat().st_size) != info.bytes:
+            yield f"{name} has {size} bytes where the manifest says {info.bytes}"
+        elif verify_hash and sha256_of(path) != info.sha256:
+            yield f"{name} was altered (its sha256 differs from the manifest)"
+    except OSError as error:
+        yield f"{name} cannot be read ({error.strerror})"

@@ -1,4 +1,6 @@
-"""The pens behind `deixis.overlay`: a canvas, colours, text, smooth paths, tags. cv2 and numpy only; all pictures are RGB."""
+"""The pens behind `deixis.overlay`: a canvas, colours, text, smooth paths, tags. cv2 and numpy only; all pictures are
+RGB.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def palette(index: int) -> Color:
 
 
 def oklch(lightness: float, chroma: float, hue: float) -> Color:
-    """OKLCH (hue in degrees) to sRGB: a space in which equal lightness looks equally bright. Out-of-gamut values are clipped."""
+    """OKLCH (hue in degrees) to sRGB: a space in which equal lightness looks equally bright. Out-of-gamut values are
+    clipped.
+    """
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     cone = np.array(
         [
@@ -168,7 +172,9 @@ def rectangle(pixels: NDArray[np.uint8], rect: Rect, color: Color, width: float,
 
 
 def smooth_path(points: Sequence[tuple[float, float]], steps: int = 24) -> NDArray[np.float64]:
-    """Catmull-Rom curve through `points`: float64 [(n - 1) * steps + 1, 2]; slack where points are far, no overshoot to speak of."""
+    """Catmull-Rom curve through `points`: float64 [(n - 1) * steps + 1, 2]; slack where points are far, no overshoot
+    to speak of.
+    """
     p = np.asarray(points, np.float64)
     padded = np.concatenate([p[:1], p, p[-1:]])
     t = (np.arange(steps) / steps)[:, None]

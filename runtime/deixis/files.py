@@ -10,8 +10,8 @@ from pathlib import Path
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` beside `path` under a temporary name, then rename. On any error nothing new stays behind.
 
-    Raises FileNotFoundError when the folder does not exist (it is not made: a mistyped path should not become one), and OSError
-    when the folder cannot be written or the disk is full.
+    Raises FileNotFoundError when the folder does not exist (it is not made: a mistyped path should not become one),
+    and OSError when the folder cannot be written or the disk is full.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -22,13 +22,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     except OSError as error:
         raise type(error)(f"cannot write {target}: {error.strerror or error}") from None
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(name, target)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        temporary.replace(target)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise type(error)(f"cannot write {target}: {error.strerror or error}") from None
         raise

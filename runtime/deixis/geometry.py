@@ -1,8 +1,8 @@
 """The one map between a picture's own pixels and the network's input (section 2).
 
 Coordinates are continuous XY pixels: (0, 0) is the outer corner of the top-left pixel and (width, height) that of the
-bottom-right one, so a whole picture is the box (0, 0, width, height) in either frame. The picture lies in the top-left corner
-of the square input; each axis has its own ratio, because both sides were truncated to whole pixels.
+bottom-right one, so a whole picture is the box (0, 0, width, height) in either frame. The picture lies in the top-
+left corner of the square input; each axis has its own ratio, because both sides were truncated to whole pixels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def fit_inside(original: tuple[int, int], size: int) -> tuple[int, int]:
     """Size of a picture fitted inside `size` x `size`: (height, width) px for an `original` (height, width) px.
 
     The reference computes in float32: short = floor(size * min / max), long = int(short * (max / min)); a picture whose
-    smaller side already has that length stays as it is. The two truncations may leave the long side a pixel or two below
-    `size`. Here, unlike there, no side becomes 0: beyond an aspect of `size` the short side is clamped to 1 px and the long
-    side to `size`.
+    smaller side already has that length stays as it is. The two truncations may leave the long side a pixel or two
+    below `size`. Here, unlike there, no side becomes 0: beyond an aspect of `size` the short side is clamped to 1 px
+    and the long side to `size`.
     """
     height, width = original
     shortest, longest = min(original), max(original)
@@ -69,6 +69,8 @@ class Geometry:
         return np.asarray(xy, np.float64) / self.scale
 
     def relative_to_original(self, xy: ArrayLike) -> NDArray[np.float64]:
-        """Locations [..., 2] (x, y) relative to the valid picture (0..1) to original pixels, float64. Nothing is clamped."""
+        """Locations [..., 2] (x, y) relative to the valid picture (0..1) to original pixels, float64. Nothing is
+        clamped.
+        """
         height, width = self.original
         return np.asarray(xy, np.float64) * (width, height)

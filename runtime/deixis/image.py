@@ -27,11 +27,12 @@ def load_image(source: Source, channels: Channels = "RGB") -> NDArray[np.uint8]:
 
     Args:
         source: path of a picture file, the bytes of one, or a uint8 array [H,W,3], [H,W,4], [H,W,1] or [H,W].
-        channels: order of an array's channels ("RGB", "BGR", "RGBA", "BGRA" or "GRAY"); files and bytes say it themselves.
+        channels: order of an array's channels ("RGB", "BGR", "RGBA", "BGRA" or "GRAY"); files and bytes say it
+        themselves.
 
-    Files are turned as their EXIF orientation says; 16-bit files are reduced to 8 bits and palettes are resolved. A transparent
-    picture is laid over white, whether it came as array or file. Arrays are taken as they are: nothing is rescaled or guessed.
-    Raises ImageError when the picture cannot be read, is empty, or is not laid out as declared.
+    Files are turned as their EXIF orientation says; 16-bit files are reduced to 8 bits and palettes are resolved. A
+    transparent picture is laid over white, whether it came as array or file. Arrays are taken as they are: nothing is
+    rescaled or guessed. Raises ImageError when the picture cannot be read, is empty, or is not laid out as declared.
     """
     if channels not in _DEPTH:
         raise ImageError(f"unknown channels {channels!r}; choose one of {', '.join(_DEPTH)}")
@@ -54,9 +55,9 @@ def load_image(source: Source, channels: Channels = "RGB") -> NDArray[np.uint8]:
 def prepare(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.float32], Geometry]:
     """Make the network input from an RGB picture uint8 [H,W,3].
 
-    Returns float32 [size, size, 3] of 0..255 with the picture in the top-left corner and `spec.pad_value` elsewhere, and the
-    Geometry that maps points between the two. The resize is plain bilinear with half-pixel centres, on float32, without
-    anti-aliasing (section 2); normalisation happens inside the graphs.
+    Returns float32 [size, size, 3] of 0..255 with the picture in the top-left corner and `spec.pad_value` elsewhere,
+    and the Geometry that maps points between the two. The resize is plain bilinear with half-pixel centres, on
+    float32, without anti-aliasing (section 2); normalisation happens inside the graphs.
     """
     geometry = Geometry.of((image.shape[0], image.shape[1]), spec.size)
     height, width = geometry.valid
@@ -77,7 +78,8 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise ImageError(f"{where}: the picture is empty (0 bytes)")
     buffer = np.frombuffer(data, np.uint8)
     try:
-        # Colour decoding applies the EXIF orientation, which IMREAD_UNCHANGED does not; the latter only serves to see alpha.
+        # Colour decoding applies the EXIF orientation, which IMREAD_UNCHANGED does not; the latter only serves to see
+        # alpha.
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
         raw = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED) if _may_have_alpha(data) else None
     except cv2.error as error:  # sizes beyond OpenCV's limits, for one

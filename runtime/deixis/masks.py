@@ -1,7 +1,8 @@
 """Masks: from the decoder's logits to original pixels (section 9.4, and SAM's own way), and COCO's run-length code.
 
-The code counts runs of equal pixels down the columns (column-major), starting with background. The counts are written as
-text, five bits a character from '0' on with a continuation bit, each count from the fourth on as a difference to the one two
+The code counts runs of equal pixels down the columns (column-major), starting with background. The counts are written
+as text, five bits a character from '0' on with a continuation bit, each count from the fourth on as a difference to
+the one two
 places before: the same text that pycocotools writes.
 """
 
@@ -19,8 +20,8 @@ _DIGITS = 13  # five bits each: enough for any int64
 def refer_mask(logits: NDArray[np.float32], geometry: Geometry, threshold: float = 0.0) -> NDArray[np.bool_]:
     """Mask of a referred object: logits [side, side] over the padded input -> bool [H, W] in original pixels.
 
-    Section 9.4: crop to int(valid * side / size) rows and columns, then one bilinear resize straight to the original size;
-    True where the logit exceeds `threshold`. At least one row and column are kept.
+    Section 9.4: crop to int(valid * side / size) rows and columns, then one bilinear resize straight to the original
+    size; True where the logit exceeds `threshold`. At least one row and column are kept.
     """
     rows, columns = (max(1, int(v * s / geometry.size)) for v, s in zip(geometry.valid, logits.shape, strict=True))
     cropped = np.ascontiguousarray(logits[:rows, :columns], np.float32)
@@ -49,7 +50,7 @@ def encode_counts(mask: NDArray[np.bool_]) -> str:
 
 
 def decode_counts(counts: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Bool mask [H, W] of `size` (height, width) from COCO's compressed counts. Raises ValueError if they do not fit."""
+    """Bool mask [H, W] of `size` (height, width) from COCO's compressed counts. ValueError if they do not fit."""
     runs = unpack_counts(counts)
     if (runs < 0).any() or int(runs.sum()) != size[0] * size[1]:
         raise ValueError(f"run-length counts do not cover a mask of {size[0]}x{size[1]} pixels")

@@ -1,6 +1,7 @@
 """Pictures of results, to be looked at: traces through their words, boxes with labels, masks, prompts.
 
-Every function takes the original picture (RGB uint8 [H, W, 3]) and results in its pixels, and returns a new RGB uint8 picture of
+Every function takes the original picture (RGB uint8 [H, W, 3]) and results in its pixels, and returns a new RGB uint8
+picture of
 readable size: the longest side is brought to 800..1600 px, and texts stand in a panel below.
 """
 
@@ -28,7 +29,8 @@ _GREEN, _RED, _WHITE = (64, 214, 120), (246, 84, 84), (255, 255, 255)
 
 
 def draw_caption(image: Picture, caption: Caption) -> Picture:
-    """The caption below the picture, every word in the colour of its dot, and the path through the dots in reading order.
+    """The caption below the picture, every word in the colour of its dot, and the path through the dots in reading
+    order.
 
     The region of a region caption is drawn as a dashed box.
     """
@@ -47,7 +49,9 @@ def draw_trace(image: Picture, trace: Trace | Caption) -> Picture:
 
 
 def draw_grounding(image: Picture, groundings: Grounding | Sequence[Grounding]) -> Picture:
-    """Box, translucent mask with outline and label of one or several phrases, each in its own colour; phrases listed below."""
+    """Box, translucent mask with outline and label of one or several phrases, each in its own colour; phrases listed
+    below.
+    """
     found = [groundings] if isinstance(groundings, Grounding) else list(groundings)
     canvas = Canvas.of(image)
     _draw_masks(canvas, [(g.mask, drawing.palette(i)) for i, g in enumerate(found)])

@@ -1,7 +1,8 @@
 """What calls return: frozen dataclasses in pixels of the picture the user gave.
 
-Points are (x, y), boxes (left, top, right, bottom), both continuous: a whole picture is (0, 0, width, height). Locations are the
-model's own and are not clamped to the picture. `to_dict()` gives plain JSON values; a number that is not finite becomes null.
+Points are (x, y), boxes (left, top, right, bottom), both continuous: a whole picture is (0, 0, width, height).
+Locations are the model's own and are not clamped to the picture. `to_dict()` gives plain JSON values; a number that
+is not finite becomes null.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Box = tuple[float, float, float, float]
 class Word:
     """One word of a text with its place.
 
-    text: the word. start, end: its span of characters in the whole text. points: top-left and bottom-right of the word's box
-    (min and max over its pieces), None when the model gave no place. score: mean log-probability of its pieces, None in a trace.
+    text: the word. start, end: its span of characters in the whole text. points: top-left and bottom-right of the
+    word's box (min and max over its pieces), None when the model gave no place. score: mean log-probability of its
+    pieces, None in a trace.
     """
 
     text: str
@@ -63,8 +65,8 @@ class Word:
 class Caption:
     """A generated text, every word with its place.
 
-    score: log-probability of the whole, as the decoder ranks it. ids: the generated token ids. finished: False when the length or
-    the deadline cut it off. box: the region that was described, None for the whole picture.
+    score: log-probability of the whole, as the decoder ranks it. ids: the generated token ids. finished: False when
+    the length or the deadline cut it off. box: the region that was described, None for the whole picture.
     """
 
     text: str
@@ -140,7 +142,9 @@ class Mask:
 
     @cached_property
     def box(self) -> Box | None:
-        """Tightest (left, top, right, bottom) around the mask, right and bottom exclusive; None when the mask is empty."""
+        """Tightest (left, top, right, bottom) around the mask, right and bottom exclusive; None when the mask is
+        empty.
+        """
         rows, columns = np.flatnonzero(self.array.any(1)), np.flatnonzero(self.array.any(0))
         if not len(rows):
             return None
@@ -155,7 +159,9 @@ class Mask:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The place of a phrase: its box, and its mask where the bundle can make one. score: the mask decoder's predicted IoU."""
+    """The place of a phrase: its box, and its mask where the bundle can make one. score: the mask decoder's predicted
+    IoU.
+    """
 
     text: str
     box: Box
