@@ -92,7 +92,7 @@ def describe(scene: Scene, index: int, captions: int = 2) -> dict[str, Any]:
     chosen = [texts[0], *(texts[1 + int(k)] for k in np.sort(rng.permutation(len(texts) - 1)[: captions - 1]))]
     objects = []
     for item, mask, share in zip(scene.items, scene.masks, scene.visible, strict=True):
-        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        rle: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         objects.append(
             {
                 "kind": item.kind,
