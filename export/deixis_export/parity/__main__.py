@@ -97,7 +97,9 @@ def _compare_file(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deixis_export.parity", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m deixis_export.parity", description="Compare golden vectors with our models."
+    )
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="golden vectors: config.json, params.npz and npz files"
     )

@@ -1,7 +1,8 @@
 """Comparisons of the whole chain, picture to words with pixels: every `e2e_*.npz` but dense captioning.
 
-What a file asks for follows from its arrays and its name: `in_text_tokens` is a teacher-forced run; `in_boxes` is location
-captioning, which reads no points; `pointprompt` gives boxes as corner points; `referring` reads the position before EOS.
+What a file asks for follows from its arrays and its name: `in_text_tokens` is a teacher-forced run; `in_boxes` is
+location captioning, which reads no points; `pointprompt` gives boxes as corner points; `referring` reads the position
+before EOS.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from deixis_export.parity.report import CHAIN_TOLERANCE, EXACT, Array, GoldenFil
 from deixis_train.models.decoding import begin_tokens, zero_after_end
 from deixis_train.models.point_head import points_to_box, to_pixels, valid_tokens
 from deixis_train.models.prompt_encoder import corner_prompt
+
+Compute = Callable[[], Array]
 
 TRACE_RULE = "begin,end,pad"
 REFER_RULE = "^end-1"
@@ -119,8 +122,7 @@ class Chain:
 def chain(context: Context, file: GoldenFile, report: Report) -> None:
     """Every output of one end-to-end file."""
     run = Chain(context, file)
-    Compute = Callable[[], Array]
-    # What a file repeats of its inputs, or what follows from them without the model: says nothing about exported graphs.
+    # What a file repeats of its inputs, or follows from them without the model: it says nothing about exported graphs.
     given: dict[str, tuple[Compute, float]] = {
         "out_begin_tokens": (lambda: run.begin, EXACT),
         "out_context_tokens": (lambda: rows(file["in_context_tokens"]), EXACT),
@@ -141,7 +143,7 @@ def chain(context: Context, file: GoldenFile, report: Report) -> None:
         "out_iou_predictions": (lambda: run.masks[1], CHAIN_TOLERANCE),
     }
     if run.teacher_forced:
-        given["out_text_tokens"] = computed.pop("out_text_tokens")
+        given |= {name: computed.pop(name) for name in ("out_text_tokens", "out_point_valid_mask")}
     if not run.reads_points:
         given["out_detection_boxes"] = computed.pop("out_detection_boxes")
 

@@ -90,7 +90,8 @@ def semantic_encoder(context: Context, file: GoldenFile, report: Report) -> None
             encoder = model.semantic_encoder
             watched: dict[str, nn.Module] = {"patch_embed": encoder.patch_embed, "tokens": encoder.norm}
             for i, block in enumerate(encoder.blocks):
-                watched |= {f"after_block{i}": block, f"block{i}_attn": block.attn, f"block{i}_mlp": block.mlp}
+                watched[f"after_block{i}"] = block
+                watched |= {f"block{i}_{name}": block.get_submodule(name) for name in ("attn", "mlp")}
             image = model.semantic_preprocess(as_floats(context.image), as_floats(context.valid_hw))
             cache.update(_outputs(lambda: encoder(image), watched))
         return cache
@@ -105,7 +106,7 @@ def sam_encoder(context: Context, file: GoldenFile, report: Report) -> None:
         if not cache:
             encoder = model.sam_encoder
             watched: dict[str, nn.Module] = {"patch_embed": encoder.patch_embed}
-            watched |= {f"after_block{i}": block for i, block in enumerate(encoder.blocks)}
+            watched |= {f"after_block{i}": block for i, block in enumerate(encoder.get_submodule("blocks").children())}
             image = model.sam_preprocess(as_floats(context.image), as_floats(context.valid_hw))
             cache.update(_outputs(lambda: encoder(image), watched))
         return cache

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,7 +15,7 @@ MODULE_TOLERANCE = 1e-4  # of single modules, relative to the array's largest ma
 CHAIN_TOLERANCE = 2e-3  # of continuous values at the end of the whole chain
 EXACT = 0.0  # ids and masks
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 class Absent(Exception):

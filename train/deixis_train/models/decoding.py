@@ -1,9 +1,9 @@
 """The reference decoders, as plain functions without caches (section 11).
 
-A decoder here calls `logits_fn(tokens, position)` with whole rows [B, L] and gets the logits [B, V] at one position. That is slow and
-easy to check; the runtime has fast decoders of its own, which are compared with these.
+A decoder here calls `logits_fn(tokens, position)` with whole rows [B, L] and gets the logits [B, V] at one position.
+That is slow and easy to check; the runtime has fast decoders of its own, which are compared with these.
 
-Everything is float32, as in the reference: at -1e7 the spacing of float32 is 1, so penalised scores tie, and ties decide.
+Everything is float32, as in the reference: at -1e7 float32 has steps of 1, so penalised scores tie, and ties decide.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def beam_search(
         end_id: id of EOS.
 
     Returns:
-        tokens [B, beams, L] int64 and scores [B, beams], best last. Slots that no hypothesis filled are all zero with score NEG;
-        a row that finished nothing gives its live hypotheses with plain log-probabilities.
+        tokens [B, beams, L] int64 and scores [B, beams], best last. Slots that no hypothesis filled are all zero with
+        score NEG; a row that finished nothing gives its live hypotheses with plain log-probabilities.
     """
     rows, length = begin.shape
     live = begin.long()[:, None].repeat(1, beams, 1)

@@ -3,18 +3,20 @@
 Two ways to run the decoder give the same numbers:
 
 - `decode`: one teacher-forced pass over a whole token array, with the reference's masking of inactive positions;
-- `step`: a few new tokens against caches of keys and values, with causality as the only self-attention mask. It is what a
-  runtime needs for generation and what the export turns into a graph.
+- `step`: a few new tokens against caches of keys and values, with causality as the only self-attention mask. It is what
+  a runtime needs for generation and what the export turns into a graph.
 
-Parameter names follow T5X (`encoder.layers.0.attention.query.weight`, `decoder.logits_dense.weight`, ...). Matrices are stored the
-PyTorch way, [out, in]. Letters in shapes: R rows of the decoder, N prompts (R = N * beams, grouped by prompt), Q visual tokens,
-C context tokens, E = Q + C encoder positions, L or S decoder positions, T cache capacity, D width, H heads, Dh head width.
+Parameter names follow T5X (`encoder.layers.0.attention.query.weight`, `decoder.logits_dense.weight`, ...). Matrices are
+stored the PyTorch way, [out, in]. Letters in shapes: R rows of the decoder, N prompts (R = N * beams, grouped by
+prompt), Q visual tokens, C context tokens, E = Q + C encoder positions, L or S decoder positions, T cache capacity,
+D width, H heads, Dh head width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from deixis_train.models.config import T5Config
 
 KeyValue = tuple[Tensor, Tensor]
 
-# Added to a masked score. Finite on purpose: where a whole row is masked the reference attends uniformly (section 7 (i)),
-# because every score rounds to this number.
+# Added to a masked score. Finite on purpose: where a whole row is masked the reference attends uniformly
+# (section 7 (i)), because every score rounds to this number.
 MASKED = -1e10
 
 
@@ -75,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each distance = key position - query position (section 7). Integer tensor in, int64 of the same shape out."""
+    """Bucket of each distance = key position - query position (section 7). Integers in, int64 of the same shape out."""
     offset = torch.zeros_like(distance, dtype=torch.int64)
     if bidirectional:
         buckets //= 2
@@ -92,8 +94,8 @@ def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, max_di
 class RelativeBias(nn.Module):
     """Bias of a self-attention score by distance; one table per stack, shared by its layers.
 
-    Buckets no longer change beyond `max_distance`, so a table over the clipped distances says it all. It depends on weights
-    alone: an export folds it, and a bias is one Gather.
+    Buckets no longer change beyond `max_distance`, so a table over the clipped distances says it all. It depends on
+    weights alone: an export folds it, and a bias is one Gather.
     """
 
     distance_buckets: Tensor
@@ -217,7 +219,7 @@ class DecoderLayer(nn.Module):
         cache: KeyValue | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """Rows x [R, S, D] against `cross` [N, H, E, Dh]. With a cache, new keys and values are written at `positions` [S].
+        """Rows x [R, S, D] against `cross` [N, H, E, Dh]; with a cache, new keys and values go to its `positions` [S].
 
         Returns x and the keys and values attended to. `cross_bias` broadcasts to [N, H, (R / N) * S, E].
         """
@@ -275,7 +277,8 @@ class T5(nn.Module):
 
     def cross_kv(self, encoded: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of every layer, each [N, H, E, Dh]; computed once per prompt."""
-        return [layer.encoder_decoder_attention.project_key_value(encoded) for layer in self.decoder.layers]
+        layers = cast(Iterable[DecoderLayer], self.decoder.layers)
+        return [layer.encoder_decoder_attention.project_key_value(encoded) for layer in layers]
 
     def decode(
         self,
@@ -336,7 +339,7 @@ class T5(nn.Module):
             ids: [R, S] integer, the tokens at positions `position` to `position + S - 1`.
             position: integer tensor with one element, shared by all rows.
             cache: per layer, self-attention keys and values [R, H, T, Dh] (`empty_cache` to start with).
-            cross: per layer, keys and values [N, H, E, Dh] from `cross_kv`; R = N * beams, the beams of a prompt adjacent.
+            cross: per layer, keys and values [N, H, E, Dh] from `cross_kv`; R = N * beams, beams of a prompt adjacent.
             valid: [N, E] bool.
 
         Returns:
