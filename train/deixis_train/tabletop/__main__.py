@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def main() -> None:
     def wanted(stage: str) -> bool:
         return options.stage in ("all", stage)
 
-    model = PixelLLM(dataclasses.replace(PRESETS["tabletop"]))
+    model = PixelLLM(PRESETS["tabletop"])
     assert isinstance(model.sam_encoder, TinyVit)
     load_mobile_sam(
         options.mobile_sam, model.sam_encoder, model.prompt_encoder, model.mask_decoder
