@@ -217,16 +217,17 @@ class DecoderLayer(nn.Module):
         cross: KeyValue,
         cross_bias: Tensor,
         cache: KeyValue | None = None,
-        positions: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """Rows x [R, S, D] against `cross` [N, H, E, Dh]; with a cache, new keys and values go to its `positions` [S].
+        """Rows x [R, S, D] against `cross` [N, H, E, Dh]; with a cache, new keys and values go to its `slots`.
 
-        Returns x and the keys and values attended to. `cross_bias` broadcasts to [N, H, (R / N) * S, E].
+        `slots` is the position of every new element, [R, H, S, Dh]. `cross_bias` broadcasts to [N, H, (R / N) * S, E].
+        Returns x and the keys and values attended to.
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.project_key_value(normed)
-        if cache is not None and positions is not None:
-            key, value = cache[0].index_copy(2, positions, key), cache[1].index_copy(2, positions, value)
+        if cache is not None and slots is not None:
+            key, value = cache[0].scatter(2, slots, key), cache[1].scatter(2, slots, value)
         attended = self.self_attention.attend(self.self_attention.project_query(normed), key, value, self_bias)
         x = x + self.dropout(self.self_attention.merge_heads(attended))
 
@@ -352,10 +353,13 @@ class T5(nn.Module):
         self_bias = _additive(causal, dtype) + self.decoder.relpos_bias(positions, keys)
         cross_bias = _additive(valid[:, None, None, :], dtype)
 
+        # One index for all layers. A scatter becomes one ONNX node that can write in place; index_copy becomes two.
+        slots = positions[:, None].expand(ids.shape[0], self.config.heads, ids.shape[1], self.config.head_dim)
+
         x = self.token_embedder(ids)
         written: list[KeyValue] = []
         for layer, layer_cache, layer_cross in zip(self.decoder.layers, cache, cross, strict=True):
-            x, layer_cache = layer(x, self_bias, layer_cross, cross_bias, layer_cache, positions)
+            x, layer_cache = layer(x, self_bias, layer_cross, cross_bias, layer_cache, slots)
             written.append(layer_cache)
         features = self.decoder.decoder_norm(x)
         return self.decoder.logits_dense(features[:, -1]), features, written
