@@ -109,9 +109,8 @@ def eva02_file(timm: bool) -> Tensors:
 def t5_file() -> Tensors:
     c = SMALL_T5
     inner, buckets = c.heads * c.head_dim, c.relpos_buckets
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (c.vocab, c.emb) for name in ("shared.weight", "encoder.embed_tokens.weight", "lm_head.weight")
-    }
+    tables = ("shared.weight", "encoder.embed_tokens.weight", "lm_head.weight")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tables, (c.vocab, c.emb))
     for stack, attentions in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         shapes[f"{stack}.final_layer_norm.weight"] = (c.emb,)
         shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (buckets, c.heads)
@@ -247,7 +246,7 @@ def test_truncated(case: Case, tmp_path: Path) -> None:
 
 def test_foreign(case: Case, tmp_path: Path) -> None:
     case.file = {"weight": torch.zeros(3)}
-    with pytest.raises(ValueError, match="not an? .* checkpoint"):
+    with pytest.raises(ValueError, match=r"not an? .* checkpoint"):
         case.load(write(case, tmp_path))
 
 
