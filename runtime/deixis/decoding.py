@@ -1,13 +1,13 @@
 """Greedy decoding and beam search, exactly as the reference does them (section 11), many prompts in lockstep.
 
-Both work on a `Decoder`, which holds caches and knows nothing of search. The id array of a prompt has `length` places: BOS at 0,
-generated ids at 1 .. length - 2, the last place is never written. One step consumes the ids at `index - 1` and chooses those at
-`index`; the location it returns belongs to the consumed id. So the last id of a caption that was cut by the length is consumed by
-one extra step, which chooses nothing.
+Both work on a `Decoder`, which holds caches and knows nothing of search. The id array of a prompt has `length` places:
+BOS at 0, generated ids at 1 .. length - 2, the last place is never written. One step consumes the ids at `index - 1`
+and chooses those at `index`; the location it returns belongs to the consumed id. So the last id of a caption that was
+cut by the length is consumed by one extra step, which chooses nothing.
 
-Rows never influence each other: each prompt ends by its own rule, so a batch gives what its prompts give one by one. (The
-reference ends beam search when all rows may end; a row that may end cannot change any more, as no later hypothesis can score
-higher than the bound of the stop rule.)
+Rows never influence each other: each prompt ends by its own rule, so a batch gives what its prompts give one by one.
+(The reference ends beam search when all rows may end; a row that may end cannot change any more, as no later hypothesis
+can score higher than the bound of the stop rule.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Decoder(Protocol):
     """What search needs of a model. Returned arrays may be overwritten by the next step."""
 
     def step(self, ids: Ids) -> tuple[Floats, Floats]:
-        """Consume one id per row, ids [R]. Returns logits [R, V] of the next id and locations [R, points, 2] of the consumed."""
+        """Consume one id per row, ids [R].
+
+        Returns logits [R, V] of the next id and locations [R, points, 2] of the consumed.
+        """
         ...
 
     def reorder(self, rows: Ids) -> None:
@@ -58,8 +61,9 @@ class DecodeRules:
 class GreedyStep:
     """One step of N rows.
 
-    index: place of `ids` in the id array. ids [N]: chosen ids, EOS for a row that has ended; None in the extra step of rows cut by
-    the length. log_probs [N]: of the chosen ids, 0 for a row that had ended. locations [N, points, 2]: of the ids at index - 1.
+    index: place of `ids` in the id array. ids [N]: chosen ids, EOS for a row that has ended; None in the extra step of
+    rows cut by the length. log_probs [N]: of the chosen ids, 0 for a row that had ended. locations [N, points, 2]: of
+    the ids at index - 1.
     """
 
     index: int
@@ -72,8 +76,8 @@ class GreedyStep:
 class Decoded:
     """One generated sequence of n ids, BOS and EOS left out.
 
-    ids [n], log_probs [n] of the ids, locations [n, points, 2] relative to the valid picture, score as in section 11 (an
-    unfinished beam's is its plain log-probability), finished: it ended with EOS.
+    ids [n], log_probs [n] of the ids, locations [n, points, 2] relative to the valid picture, score as in section 11
+    (an unfinished beam's is its plain log-probability), finished: it ended with EOS.
     """
 
     ids: Ids
@@ -86,7 +90,8 @@ class Decoded:
 @dataclass(frozen=True)
 class Beams:
     """All hypotheses of N rows, best last: tokens [N, K, L], scores [N, K], and per token log_probs [N, K, L] and
-    locations [N, K, L, points, 2]. finished [N]: the row's hypotheses ended with EOS. A slot nothing filled has score NEG."""
+    locations [N, K, L, points, 2]. finished [N]: the row's hypotheses ended with EOS. A slot nothing filled has score
+    NEG."""
 
     tokens: Ids
     scores: Floats
@@ -96,7 +101,10 @@ class Beams:
 
 
 def greedy_steps(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -> Iterator[GreedyStep]:
-    """Decode greedily, one step at a time; ends when every row has ended or reached the length. `check` runs before each step."""
+    """Decode greedily, one step at a time; ends when every row has ended or reached the length.
+
+    `check` runs before each step.
+    """
     every = np.arange(rows)
     previous = np.full(rows, rules.begin_id, np.int64)
     ended = np.zeros(rows, bool)
@@ -187,7 +195,7 @@ def beam_search(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -
         finished_scores = np.where(done[:, None], finished_scores, best)
         is_finished = np.where(done[:, None], is_finished, flags)
 
-    some = is_finished.any(axis=1)
+    some: NDArray[np.bool_] = np.logical_or.reduce(is_finished, axis=1)
     if not some.all():
         check()
         _, locations = decoder.step(live.tokens[:, :, length - 2].ravel())
@@ -234,7 +242,10 @@ def _penalty(length: int, alpha: float) -> np.float32:
 
 
 def _top(values: Floats, count: int) -> tuple[Floats, Ids]:
-    """Largest `count` of every row, descending; of equal values the lowest index first. Ties decide, so the order is exact."""
+    """Largest `count` of every row, descending; of equal values the lowest index first.
+
+    Ties decide, so the order is exact.
+    """
     count = min(count, values.shape[1])
     smallest = np.partition(values, values.shape[1] - count, axis=1)[:, values.shape[1] - count]
     indices = np.empty((len(values), count), np.int64)
@@ -251,7 +262,8 @@ def _require_finite(values: Floats) -> None:
 
 @dataclass
 class _Hypotheses:
-    """Sequences with their log-probabilities and locations: tokens [N, M, L], log_probs [N, M, L], locations [N, M, L, points, 2].
+    """Sequences with their log-probabilities and locations: tokens [N, M, L], log_probs [N, M, L], locations [N, M, L,
+    points, 2].
 
     The number of points is only known after the first step; until then `locations` is None.
     """

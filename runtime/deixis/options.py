@@ -18,7 +18,8 @@ Check = Callable[[], None]
 class DecodeOptions:
     """Options of the tasks that generate text.
 
-    max_new_tokens: most tokens to generate; None = as the bundle says. The cache capacity chosen at load is the upper limit.
+    max_new_tokens: most tokens to generate; None = as the bundle says. The cache capacity chosen at load is the upper
+    limit.
     beams: hypotheses of beam search, 1 = greedy; None = as the bundle says.
     deadline_ms: wall-clock time of the call; when it has passed, the call raises DeadlineError.
     cancel: set it (from any thread) and the call raises CancelledError.

@@ -25,8 +25,8 @@ never = DecodeOptions().start()
 class TableDecoder:
     """A language model that is a table: logits after consuming token t at place i are table[i, t] + offsets[row].
 
-    It remembers what each row consumed, as a cache would; the location of a token is ((place, token), (history's sum, 0)), so that a
-    wrong order of rows shows.
+    It remembers what each row consumed, as a cache would; the location of a token is ((place, token), (history's sum,
+    0)), so that a wrong order of rows shows.
     """
 
     def __init__(self, table: np.ndarray, offsets: np.ndarray, beams: int = 1) -> None:
@@ -105,7 +105,9 @@ def test_batch_equals_one_by_one(seed: int, beams: int, per_node: int) -> None:
 @pytest.mark.parametrize("beams", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_locations_belong_to_their_tokens(seed: int, beams: int) -> None:
-    """Every token's location is the one of the step that consumed it in the chosen hypothesis, also the last of a cut caption."""
+    """Every token's location is the one of the step that consumed it in the chosen hypothesis, also the last of a cut
+    caption.
+    """
     table, offsets = random_model(seed)
     use = DecodeRules(12, 0, 1, beams, 2 if beams > 1 else 1)
     if beams == 1:

@@ -1,0 +1,143 @@
+"""Keys and values of the decoder, and the state of one generation.
+
+SelfCache: self-attention, one row per hypothesis, allocated once at its capacity and written in place by the graph.
+CrossCache: the encoder's output as each decoder layer sees it, one row per prompt, computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deixis.bundle import CacheSpec
+from deixis.engines import Arrays, Engine
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CrossCache:
+    """keys, values: one [N, heads, E, head_dim] per layer. encoder_mask: [N, E], 1 where the encoder has something."""
+
+    keys: tuple[Floats, ...]
+    values: tuple[Floats, ...]
+    encoder_mask: Floats
+
+    @classmethod
+    def from_outputs(cls, outputs: Arrays, layers: int) -> CrossCache:
+        """From what the text encoder graph gives."""
+
+        def arrays(name: str) -> tuple[Floats, ...]:
+            return tuple(np.ascontiguousarray(outputs[f"{name}.{i}"]) for i in range(layers))  # type: ignore[misc]
+
+        return cls(arrays("cross_key"), arrays("cross_value"), np.ascontiguousarray(outputs["encoder_mask"]))  # type: ignore[arg-type]
+
+    @property
+    def rows(self) -> int:
+        return len(self.encoder_mask)
+
+    def inputs(self) -> dict[str, Floats]:
+        """By the logical names of the decoder graphs."""
+        named = {f"cross_key.{i}": key for i, key in enumerate(self.keys)}
+        named |= {f"cross_value.{i}": value for i, value in enumerate(self.values)}
+        return {"encoder_mask": self.encoder_mask, **named}
+
+
+class SelfCache:
+    """Self-attention keys and values: one [rows, heads, capacity, head_dim] array each per layer.
+
+    `position` tokens of every row are filled. What lies behind is never read (it is kept finite, for masked attention
+    multiplies it by 0), so rewinding costs nothing.
+    """
+
+    def __init__(self, spec: CacheSpec, rows: int, capacity: int) -> None:
+        shape = (rows, spec.heads, capacity, spec.head_dim)
+        self.keys = tuple(np.zeros(shape, spec.dtype) for _ in range(spec.layers))
+        self.values = tuple(np.zeros(shape, spec.dtype) for _ in range(spec.layers))
+        self.rows = rows
+        self.capacity = capacity
+        self.position = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays())
+
+    def advance(self, tokens: int = 1) -> None:
+        """`tokens` more are filled. Raises ValueError beyond the capacity."""
+        if self.position + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {self.position + tokens} were asked for")
+        self.position += tokens
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from `position` on. Raises ValueError when that much was never filled."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot rewind to {position}: {self.position} tokens are filled")
+        self.position = position
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Row r becomes what row rows[r] was; rows [R]. Only rows that change and only their filled part are copied."""
+        moved = np.flatnonzero(rows != np.arange(self.rows))
+        if len(moved):
+            for array in self._arrays():
+                array[moved, :, : self.position] = array[rows[moved], :, : self.position]
+
+    def inputs(self) -> dict[str, NDArray[np.generic]]:
+        named = {f"self_key.{i}": key for i, key in enumerate(self.keys)}
+        return named | {f"self_value.{i}": value for i, value in enumerate(self.values)}
+
+    def outputs(self) -> dict[str, NDArray[np.generic]]:
+        """The same arrays under the names of the graph's outputs."""
+        named = {f"self_key_out.{i}": key for i, key in enumerate(self.keys)}
+        return named | {f"self_value_out.{i}": value for i, value in enumerate(self.values)}
+
+    def _arrays(self) -> Iterator[NDArray[np.generic]]:
+        yield from self.keys
+        yield from self.values
+
+
+@dataclass
+class DecodeState:
+    """Everything a running generation has: N prompts, R = N * beams rows, `self_cache.position` tokens consumed."""
+
+    cross: CrossCache
+    self_cache: SelfCache
+    beams: int
+
+    @classmethod
+    def start(cls, cross: CrossCache, spec: CacheSpec, beams: int, capacity: int) -> DecodeState:
+        return cls(cross, SelfCache(spec, cross.rows * beams, capacity), beams)
+
+
+class StepDecoder:
+    """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`).
+
+    All arrays are bound once; a step writes ids and position in place and runs. The returned arrays are reused by the
+    next step.
+    """
+
+    def __init__(self, engine: Engine, state: DecodeState, vocabulary: int, points: int) -> None:
+        rows = state.self_cache.rows
+        self.state = state
+        self._ids = np.zeros((rows, 1), np.int64)
+        self._position = np.zeros(1, np.int64)
+        self._logits = np.zeros((rows, vocabulary), np.float32)
+        self._locations = np.zeros((rows, 1, points, 2), np.float32)
+        cache = state.self_cache
+        inputs = {"ids": self._ids, "position": self._position, **state.cross.inputs(), **cache.inputs()}
+        outputs = {"logits": self._logits, "locations": self._locations, **cache.outputs()}
+        self._run = engine.bind("decoder_step", inputs, outputs)
+
+    def step(self, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Consume ids [R]. Returns logits [R, V] and locations [R, points, 2]."""
+        cache = self.state.self_cache
+        self._ids[:, 0] = ids
+        self._position[0] = cache.position
+        cache.advance()
+        self._run()
+        return self._logits, self._locations[:, 0]
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        self.state.self_cache.reorder(rows)

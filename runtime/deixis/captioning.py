@@ -1,0 +1,193 @@
+"""Captions: prompts in, words with places out, in batches or as a stream (sections 8 and 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+
+from deixis.batching import SceneFeatures, group_indices, pick
+from deixis.bundle import TaskSpec
+from deixis.decoding import Decoded, DecodeRules, beam_search, collect_beams, greedy, greedy_steps
+from deixis.geometry import Geometry
+from deixis.options import Check, DecodeOptions
+from deixis.pipeline import Pipeline
+from deixis.prompts import Prompt, PromptTokens, prompt_tokens
+from deixis.readout import make_words, valid_positions
+from deixis.results import Box, Caption, Word
+from deixis.tokenizer import Spelling, words_of
+
+
+class CaptionStream(Iterator[Word]):
+    """Words of one caption as they come; `caption` is the whole of it.
+
+    A word comes as soon as its last piece has been consumed, so with its final place. Beam search knows its winner only
+    at the end: then all words come at once.
+    """
+
+    def __init__(self, words: Generator[Word, None, Caption]) -> None:
+        self._words = words
+        self._caption: Caption | None = None
+        self._error: BaseException | None = None
+
+    def __next__(self) -> Word:
+        try:
+            return next(self._words)
+        except StopIteration as end:
+            self._caption = end.value or self._caption
+            raise StopIteration from None
+        except BaseException as error:
+            self._error = error
+            raise
+
+    @property
+    def caption(self) -> Caption:
+        """The finished caption. Words not yet taken are run through first. Raises what the stream raised."""
+        if self._error is not None:
+            raise self._error
+        for _ in self:
+            pass
+        assert self._caption is not None
+        return self._caption
+
+
+def caption_batch(
+    pipeline: Pipeline, scenes: Sequence[SceneFeatures], prompts: Sequence[Prompt], options: DecodeOptions
+) -> list[Caption]:
+    """One caption per (scene, prompt) pair; the result is that of one at a time."""
+    check = options.start()
+    tokens = [_tokens(pipeline, scene, prompt) for scene, prompt in zip(scenes, prompts, strict=True)]
+    names = [task_name(prompt) for prompt in prompts]
+    captions: list[Caption | None] = [None] * len(prompts)
+    for group in group_indices(names):
+        task = pipeline.task(names[group[0]])
+        rules = decode_rules(pipeline, task, options)
+        for chunk in pipeline.chunks(pick(scenes, group), rules.beams):
+            rows = pick(group, chunk)
+            decoded = _decode(pipeline, pick(scenes, rows), pick(tokens, rows), task, rules, check)
+            for row, sequence in zip(rows, decoded, strict=True):
+                captions[row] = _caption(pipeline, task, sequence, scenes[row].geometry, tokens[row].box)
+    return [caption for caption in captions if caption is not None]
+
+
+def stream_caption(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt, options: DecodeOptions) -> CaptionStream:
+    """The caption of one pair as a stream. Prompt and options are checked now, the rest happens as words are taken."""
+    check = options.start()
+    tokens = _tokens(pipeline, scene, prompt)
+    task = pipeline.task(task_name(prompt))
+    rules = decode_rules(pipeline, task, options)
+    pipeline.chunks([scene], rules.beams)
+    if rules.beams > 1:
+        return CaptionStream(_stream_at_end(pipeline, scene, tokens, task, rules, check))
+    return CaptionStream(_stream_greedy(pipeline, scene, tokens, task, rules, check))
+
+
+def task_name(prompt: Prompt) -> str:
+    return "caption" if prompt.is_whole else "region_caption"
+
+
+def decode_rules(pipeline: Pipeline, task: TaskSpec, options: DecodeOptions) -> DecodeRules:
+    """The task's rules with the caller's options. The cache holds every id but the last place: it bounds the length."""
+    wanted = task.max_length if options.max_new_tokens is None else options.max_new_tokens + 2
+    spec = pipeline.manifest.tokenizer
+    return DecodeRules(
+        length=max(3, min(wanted, pipeline.capacity + 1)),
+        begin_id=spec.begin_id,
+        end_id=spec.end_id,
+        beams=task.beams if options.beams is None else options.beams,
+        beams_per_node=task.beams_per_node,
+        alpha=task.alpha,
+        ban_repeat=task.ban_repeat,
+    )
+
+
+def _tokens(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt) -> PromptTokens:
+    pipeline.require(task_name(prompt))
+    return prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts)
+
+
+def _decode(
+    pipeline: Pipeline,
+    scenes: Sequence[SceneFeatures],
+    tokens: Sequence[PromptTokens],
+    task: TaskSpec,
+    rules: DecodeRules,
+    check: Check,
+) -> list[Decoded]:
+    check()
+    cross = pipeline.cross(pipeline.prefix(scenes, tokens), [pipeline.context_ids(task)] * len(tokens))
+    decoder = pipeline.decoder(cross, rules.beams, rules.length)
+    if rules.beams == 1:
+        return greedy(decoder, len(tokens), rules, check)
+    return collect_beams(beam_search(decoder, len(tokens), rules, check), rules)
+
+
+def _stream_greedy(
+    pipeline: Pipeline, scene: SceneFeatures, tokens: PromptTokens, task: TaskSpec, rules: DecodeRules, check: Check
+) -> Generator[Word, None, Caption]:
+    check()
+    cross = pipeline.cross(pipeline.prefix([scene], [tokens]), [pipeline.context_ids(task)])
+    decoder = pipeline.decoder(cross, 1, rules.length)
+    spelling = Spelling(pipeline.tokenizer)
+    log_probs: list[np.float32] = []
+    locations: list[np.ndarray] = []  # one less than ids until the last id is consumed
+    given = 0
+    finished = False
+    for step in greedy_steps(decoder, 1, rules, check):
+        if step.index > 1:
+            locations.append(step.locations[0].copy())
+        log_probs.append(step.log_probs[0])
+        finished = step.ids is not None and step.ids[0] == rules.end_id
+        if step.ids is not None and not finished:
+            spelling.add(int(step.ids[0]))
+        whole = len(locations) == len(spelling.ids)
+        known = np.array(locations if whole else [*locations, np.zeros_like(step.locations[0])], np.float32)
+        words = _words(pipeline, task, spelling, log_probs, known, scene.geometry)
+        for word in words[given:] if whole else words[given:-1]:  # the last word may go on
+            given += 1
+            yield word
+    count = len(spelling.ids)
+    score = float(np.sum(log_probs, dtype=np.float32) / np.float32(max(1, count)))
+    sequence = Decoded(
+        np.array(spelling.ids, np.int64),
+        np.array(log_probs[:count], np.float32),
+        np.array(locations, np.float32).reshape(count, -1, 2),
+        score,
+        finished,
+    )
+    return _caption(pipeline, task, sequence, scene.geometry, tokens.box)
+
+
+def _stream_at_end(
+    pipeline: Pipeline, scene: SceneFeatures, tokens: PromptTokens, task: TaskSpec, rules: DecodeRules, check: Check
+) -> Generator[Word, None, Caption]:
+    [sequence] = _decode(pipeline, [scene], [tokens], task, rules, check)
+    caption = _caption(pipeline, task, sequence, scene.geometry, tokens.box)
+    yield from caption.words
+    return caption
+
+
+def _caption(pipeline: Pipeline, task: TaskSpec, sequence: Decoded, geometry: Geometry, box: Box | None) -> Caption:
+    spelling = Spelling(pipeline.tokenizer)
+    for piece in sequence.ids:
+        spelling.add(int(piece))
+    words = _words(pipeline, task, spelling, sequence.log_probs, sequence.locations, geometry)
+    return Caption(spelling.text.rstrip(), words, sequence.score, tuple(spelling.ids), sequence.finished, box)
+
+
+def _words(
+    pipeline: Pipeline,
+    task: TaskSpec,
+    spelling: Spelling,
+    log_probs: Sequence[np.float32] | np.ndarray,
+    locations: np.ndarray,
+    geometry: Geometry,
+) -> tuple[Word, ...]:
+    """Words of the text so far; locations [n, points, 2] and log_probs (at least n) of its n ids."""
+    spec = pipeline.manifest.tokenizer
+    if not spelling.ids:
+        return ()
+    ids = np.array([spec.begin_id, *spelling.ids, spec.end_id], np.int64)
+    valid = valid_positions(ids, task.points_at, spec)[1:-1]
+    words = words_of(spelling.text, spelling.spans)
+    return make_words(spelling.text, words, locations, valid, np.asarray(log_probs, np.float32), geometry)

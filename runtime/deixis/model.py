@@ -1,0 +1,279 @@
+"""The user's side: load a bundle, encode pictures, prompt them.
+
+with deixis.load("tabletop") as model:
+    scene = model.encode("table.jpg")
+    print(scene.caption().text, scene.refer("the red mug").box)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deixis import captioning, grounding
+from deixis.batching import SceneFeatures
+from deixis.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
+from deixis.captioning import CaptionStream
+from deixis.engines import make_engine
+from deixis.errors import BundleNotFoundError, ClosedError, PromptError
+from deixis.image import Channels, Source, load_image
+from deixis.options import DecodeOptions
+from deixis.pipeline import ROLES, Pipeline
+from deixis.prompts import Prompt
+from deixis.results import Caption, Grounding, Segment, Trace
+from deixis.scene import Scene, SceneStore
+
+log = logging.getLogger(__name__)
+
+MODELS_VARIABLE = "DEIXIS_MODELS"  # folders of bundles, separated as in PATH
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is loaded, and how it runs. cache_capacity: tokens. threads: 0 = as many as the engine likes."""
+
+    name: str
+    family: str
+    bundle: Path
+    device: str
+    threads: int
+    cache_capacity: int
+    scene_budget_mb: float
+    tasks: tuple[str, ...]
+    loaded_graphs: tuple[str, ...]
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    device: str = "auto",
+    threads: int | None = None,
+    cache_capacity: int | None = None,
+    scene_budget_mb: float = 256,
+    verify: bool = True,
+) -> Model:
+    """Open a bundle. Graphs are loaded when a task first needs them; `Model.warmup` loads them at once.
+
+    Args:
+        bundle: path of a bundle, or a name: looked up in the folders of $DEIXIS_MODELS, then among the bundles that
+            come with deixis.
+        device: "auto", "cpu" or "cuda". A device that is asked for is used or refused, never replaced.
+        threads: of one graph run; None = as many as the engine likes.
+        cache_capacity: most tokens of a generated text, the begin token included; None = as the bundle says. A caption
+            that would be longer is cut there, with finished=False.
+        scene_budget_mb: recent scenes are kept up to this many MB (10^6 bytes); 0 = none.
+        verify: check the hash of every file first.
+
+    Raises BundleError (not found, not in the format, newer, damaged), DeviceError, PromptError for an option that makes
+    no sense.
+    """
+    for name, value in (("threads", threads), ("cache_capacity", cache_capacity)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise PromptError(f"{name} must be a whole number from 1 on, found {value!r}")
+    if not isinstance(scene_budget_mb, Real) or not scene_budget_mb >= 0:
+        raise PromptError(f"scene_budget_mb must be a number from 0 on, found {scene_budget_mb!r}")
+    opened = open_bundle(find_bundle(bundle), verify_hashes=verify)
+    pipeline = Pipeline(opened, make_engine(opened, device, threads), cache_capacity)
+    return Model(pipeline, scene_budget_mb)
+
+
+def find_bundle(bundle: str | os.PathLike[str]) -> Path:
+    """Path of a bundle given by path or name (see `load`). Raises BundleNotFoundError."""
+    text = os.fspath(bundle)
+    if not isinstance(bundle, str) or Path(text).name != text or text in (".", "..", ""):
+        return Path(text)
+    here = Path(__file__).resolve().parent
+    folders = [Path(folder) for folder in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if folder]
+    folders += [here / "models", here.parents[1] / "models"]  # in the wheel, in a checkout
+    for candidate in [*(folder / text for folder in folders), Path(text)]:
+        if (candidate / MANIFEST_NAME).is_file():
+            return candidate
+    raise BundleNotFoundError(
+        f"no bundle named {text!r} in {', '.join(map(str, folders))}, and no such folder here; "
+        f"give its path, or set {MODELS_VARIABLE} to the folder that holds it"
+    )
+
+
+class Model:
+    """An open bundle. Use it as a context manager, or call `close`. Safe to use from several threads."""
+
+    def __init__(self, pipeline: Pipeline, scene_budget_mb: float = 256) -> None:
+        self._pipeline: Pipeline | None = pipeline
+        self._bundle = pipeline.bundle
+        self._budget_mb = scene_budget_mb
+        self._store = SceneStore(int(scene_budget_mb * 1_000_000))
+        self._living: weakref.WeakSet[Scene] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        log.info("opened bundle %s on %s", self._bundle.path, pipeline.engine.device)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._pipeline is None else self._pipeline.engine.device
+        return f"<Model {self.manifest.model.name!r}, {state}>"
+
+    @property
+    def bundle(self) -> Bundle:
+        return self._bundle
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._bundle.manifest
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The graphs, for those who build on arrays. Raises ClosedError."""
+        if self._pipeline is None:
+            raise ClosedError("the model was closed; load it again")
+        return self._pipeline
+
+    @property
+    def info(self) -> Info:
+        pipeline = self.pipeline
+        return Info(
+            name=self.manifest.model.name,
+            family=self.manifest.model.family,
+            bundle=self._bundle.path,
+            device=pipeline.engine.device,
+            threads=pipeline.engine.threads,
+            cache_capacity=pipeline.capacity,
+            scene_budget_mb=self._budget_mb,
+            tasks=tuple(task for task in ROLES if not pipeline.missing(task)),
+            loaded_graphs=pipeline.engine.loaded(),
+        )
+
+    def close(self) -> None:
+        """Give back the memory of graphs and scenes.
+
+        Scenes of this model raise ClosedError from then on. May be called twice.
+        """
+        with self._lock:
+            pipeline, self._pipeline = self._pipeline, None
+            if pipeline is None:
+                return
+            self._store.clear()
+            for scene in list(self._living):
+                scene.release()
+        pipeline.engine.close()
+
+    def warmup(self) -> None:
+        """Load every graph and run every task once on a grey picture, so that the first real call is as fast as the
+        later ones.
+        """
+        height = width = self.manifest.image.size
+        features = self.pipeline.encode([np.full((height, width, 3), 128, np.uint8)])
+        scene = Scene(self, features[0], "warm-up")
+        options, box = DecodeOptions(max_new_tokens=2), (0.0, 0.0, width / 2, height / 2)
+        tasks = self.info.tasks
+        if "caption" in tasks:
+            scene.caption(options=options)
+        if "region_caption" in tasks:
+            scene.caption(box=box, options=options)
+        if "segment" in tasks:
+            scene.segment(box=box)
+        pipeline = self.pipeline
+        for role in self.manifest.graphs:
+            pipeline.engine.load(role)
+
+    @overload
+    def encode(self, image: Source, channels: Channels = "RGB") -> Scene: ...
+
+    @overload
+    def encode(self, image: Sequence[Source], channels: Channels = "RGB") -> list[Scene]: ...
+
+    def encode(self, image: Source | Sequence[Source], channels: Channels = "RGB") -> Scene | list[Scene]:
+        """Encode a picture, or a list of pictures in one batch. A picture seen recently is not encoded again.
+
+        Args:
+            image: path, bytes of a file, or uint8 array; or a list of these.
+            channels: order of an array's channels: "RGB", "BGR", "RGBA", "BGRA" or "GRAY".
+
+        Raises ImageError, ClosedError.
+        """
+        pipeline = self.pipeline
+        many = isinstance(image, (list, tuple))
+        pictures = [load_image(source, channels) for source in (image if many else [image])]  # type: ignore[list-item]
+        keys = [content_hash(picture) for picture in pictures]
+        scenes = {key: scene for key in keys if (scene := self._store.get(key)) is not None}
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in scenes}
+        if missing:
+            features = pipeline.encode(list(missing.values()))
+            for key, found in zip(missing, features, strict=True):
+                scenes[key] = self._keep(Scene(self, found, key))
+        return [scenes[key] for key in keys] if many else scenes[keys[0]]
+
+    def caption_batch(
+        self, items: Sequence[tuple[Scene, Prompt]], options: DecodeOptions | None = None
+    ) -> list[Caption]:
+        """`Scene.caption` for many (scene, prompt) pairs at once; the results are those of one at a time."""
+        scenes = self._features(items)
+        return captioning.caption_batch(self.pipeline, scenes, [p for _, p in items], options or DecodeOptions())
+
+    def stream_caption(
+        self, scene: Scene, prompt: Prompt | None = None, options: DecodeOptions | None = None
+    ) -> CaptionStream:
+        """See `Scene.stream_caption`."""
+        [features] = self._features([(scene, prompt)])
+        return captioning.stream_caption(self.pipeline, features, prompt or Prompt(), options or DecodeOptions())
+
+    def refer_batch(self, items: Sequence[tuple[Scene, str]], mask: bool = True) -> list[Grounding]:
+        """`Scene.refer` for many (scene, phrase) pairs at once; the results are those of one at a time."""
+        return grounding.refer_batch(self.pipeline, self._features(items), [text for _, text in items], mask)
+
+    def trace_batch(self, items: Sequence[tuple[Scene, str]]) -> list[Trace]:
+        """`Scene.trace` for many (scene, text) pairs at once; the results are those of one at a time."""
+        return grounding.trace_batch(self.pipeline, self._features(items), [text for _, text in items])
+
+    @overload
+    def segment_batch(self, items: Sequence[tuple[Scene, Prompt]]) -> list[Segment]: ...
+
+    @overload
+    def segment_batch(
+        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: Literal[True]
+    ) -> list[tuple[Segment, ...]]: ...
+
+    def segment_batch(
+        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: bool = False
+    ) -> list[Segment] | list[tuple[Segment, ...]]:
+        """`Scene.segment` for many (scene, prompt) pairs at once; the results are those of one at a time."""
+        scenes = self._features(items)
+        found = grounding.segment_batch(self.pipeline, scenes, [prompt for _, prompt in items], multimask)
+        return found if multimask else [alternatives[0] for alternatives in found]
+
+    def _features(self, items: Sequence[tuple[Scene, object]]) -> list[SceneFeatures]:
+        for scene, _ in items:
+            if not isinstance(scene, Scene) or scene.model is not self:
+                raise PromptError("the scene is not one of this model; encode the picture with it")
+        return [scene.features for scene, _ in items]
+
+    def _keep(self, scene: Scene) -> Scene:
+        with self._lock:
+            if self._pipeline is None:
+                raise ClosedError("the model was closed while a picture was being encoded")
+            self._living.add(scene)
+            self._store.put(scene)
+        return scene
+
+
+def content_hash(picture: NDArray[np.uint8]) -> str:
+    """Hash of an RGB picture uint8 [H, W, 3]: its size and its pixels."""
+    digest = hashlib.blake2b(str(picture.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(picture).data)
+    return digest.hexdigest()

@@ -1,0 +1,189 @@
+"""The graphs of one bundle, chained: pictures to scenes, prompts to cross caches, ids to logits and locations.
+
+Everything here is arrays; `captioning` and `grounding` make tasks of it, `model` and `scene` the user's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deixis.batching import SceneFeatures, chunk_rows, group_indices, pad_ids, pick, stack_scenes
+from deixis.bundle import Bundle, TaskSpec
+from deixis.caches import CrossCache, DecodeState, StepDecoder
+from deixis.engines import Engine
+from deixis.errors import BundleFormatError, EngineError, PromptError, TaskError
+from deixis.image import prepare
+from deixis.prompts import PromptTokens
+from deixis.readout import valid_positions
+from deixis.tokenizer import TextTokenizer
+
+Floats = NDArray[np.float32]
+
+_TEXT = ("semantic_encoder", "sam_encoder", "prompt_extractor", "text_encoder")
+ROLES: dict[str, tuple[str, ...]] = {
+    "caption": (*_TEXT, "decoder_step"),
+    "region_caption": (*_TEXT, "decoder_step"),
+    "refer": (*_TEXT, "decoder_pass"),
+    "trace": (*_TEXT, "decoder_pass"),
+    "segment": ("sam_encoder", "mask_decoder"),
+}
+
+
+class Pipeline:
+    """One opened bundle on one engine. Has no state of its own but the graphs: safe to use from several threads."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, cache_capacity: int | None = None) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.manifest = manifest
+        self.engine = engine
+        self.tokenizer = TextTokenizer(bundle.file(manifest.tokenizer.file), manifest.tokenizer)
+        self.capacity = manifest.caches.default_capacity if cache_capacity is None else cache_capacity
+        least, most = self.range("T")
+        if not max(2, least) <= self.capacity <= most:
+            raise PromptError(
+                f"cache_capacity {self.capacity} is not within {max(2, least)}..{most}, which the bundle allows"
+            )
+        for name, task in manifest.tasks.items():
+            try:
+                valid_positions(np.zeros(1, np.int64), task.points_at, manifest.tokenizer)
+            except ValueError as error:
+                raise BundleFormatError(f"{bundle.path}: tasks.{name}: {error}") from None
+
+    def range(self, dim: str) -> tuple[int, int]:
+        """Smallest and largest size of a symbolic dimension."""
+        limits = self.manifest.dims.get(dim)
+        return (1, 1 << 30) if limits is None else (limits.min, limits.max)
+
+    def missing(self, task: str) -> list[str]:
+        """What the bundle lacks for a task: names of graphs, and the task's own entry."""
+        lacking = [f"graph {role}" for role in ROLES[task] if role not in self.manifest.graphs]
+        return lacking + ([f"task {task}"] if task != "segment" and task not in self.manifest.tasks else [])
+
+    def require(self, task: str) -> None:
+        """Raise TaskError when the bundle cannot do a task."""
+        if lacking := self.missing(task):
+            raise TaskError(
+                f"bundle {self.manifest.model.name!r} cannot {task.replace('_', ' ')}: no {', '.join(lacking)}"
+            )
+
+    def require_masks(self) -> None:
+        if "mask_decoder" not in self.manifest.graphs:
+            raise TaskError(
+                f"bundle {self.manifest.model.name!r} makes no masks: no graph mask_decoder; pass mask=False"
+            )
+
+    def task(self, name: str) -> TaskSpec:
+        self.require(name)
+        return self.manifest.tasks[name]
+
+    def encode(self, images: Sequence[NDArray[np.uint8]]) -> list[SceneFeatures]:
+        """RGB pictures uint8 [H, W, 3] of any sizes to scenes, as many at once as the bundle allows."""
+        most = self.range("B")[1]
+        scenes: list[SceneFeatures] = []
+        for start in range(0, len(images), most):
+            scenes += self._encode(images[start : start + most])
+        return scenes
+
+    def _encode(self, images: Sequence[NDArray[np.uint8]]) -> list[SceneFeatures]:
+        prepared = [prepare(image, self.manifest.image) for image in images]
+        image = np.stack([image for image, _ in prepared])
+        valid = np.array([geometry.valid for _, geometry in prepared])
+        parts: list[NDArray[np.generic]] = []
+        if "semantic_encoder" in self.manifest.graphs:  # a bundle that only segments has none
+            parts.append(self._run_encoder("semantic_encoder", image, valid)["semantic"])
+        sam = self._run_encoder("sam_encoder", image, valid)
+        fused = np.concatenate([*parts, sam["sam_on_grid"]], axis=-1, dtype=np.float32)
+        # Copies, so that a scene that is kept does not keep the others of its batch.
+        return [
+            SceneFeatures(fused[i].copy(), np.array(sam["sam"][i], np.float32), geometry)
+            for i, (_, geometry) in enumerate(prepared)
+        ]
+
+    def _run_encoder(self, role: str, image: Floats, valid: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
+        dtype = self.manifest.graphs[role].inputs["valid_hw"].dtype
+        return self.engine.run(role, {"image": image, "valid_hw": valid.astype(dtype)})
+
+    def chunks(self, scenes: Sequence[SceneFeatures], beams: int = 1) -> list[list[int]]:
+        """Indices in batches that the bundle's dimensions allow, for rows of `beams` hypotheses each."""
+        rows = min(self.range("N")[1], self.range("R")[1] // beams)
+        if rows < 1:
+            raise PromptError(f"{beams} beams are more than the bundle allows ({self.range('R')[1]})")
+        return chunk_rows(scenes, rows, self.range("B")[1])
+
+    def prefix(self, scenes: Sequence[SceneFeatures], prompts: Sequence[PromptTokens]) -> Floats:
+        """Visual prefix [R, Q, D] of every (scene, prompt) pair.
+
+        The extractor has no mask: equal token counts run together.
+        """
+        rows: list[Floats | None] = [None] * len(prompts)
+        most = self.range("P")[1]
+        for group in group_indices(len(prompt.labels) for prompt in prompts):
+            points, labels = stack_tokens(pick(prompts, group), most)
+            features, index = stack_scenes(pick(scenes, group), lambda scene: scene.fused)
+            inputs = {"features": features, "image_index": index, "points": points, "labels": labels}
+            outputs = self.engine.run("prompt_extractor", inputs)["visual_prefix"]
+            for row, output in zip(group, outputs, strict=True):
+                rows[row] = output
+        return np.stack([row for row in rows if row is not None])
+
+    def context_ids(self, task: TaskSpec, text: str = "") -> list[int]:
+        """Context of the text encoder: the instruction and EOS, cut at the task's limit (a cut one has no EOS)."""
+        if task.instruction_tokens == 0:
+            return []
+        instruction = task.instruction.replace("{text}", text)
+        ids = self.tokenizer.encode(instruction, "the instruction").ids if instruction.strip() else ()
+        return [*ids, self.manifest.tokenizer.end_id][: task.instruction_tokens]
+
+    def cross(self, prefix: Floats, contexts: Sequence[Sequence[int]]) -> CrossCache:
+        """Run the text encoder: prefix [N, Q, D] and a context per row, padded to the longest (padding is masked)."""
+        inputs = {"visual_prefix": prefix, "context_ids": pad_ids(contexts)}
+        outputs = self.engine.run("text_encoder", inputs)
+        return CrossCache.from_outputs(outputs, self.manifest.caches.cross_cache.layers)
+
+    def decoder(self, cross: CrossCache, beams: int, length: int) -> StepDecoder:
+        """A decoder for sequences of `length` places (the last is never consumed), its cache as large as that needs."""
+        capacity = min(self.capacity, max(length - 1, self.range("T")[0]))
+        state = DecodeState.start(cross, self.manifest.caches.self_cache, beams, capacity)
+        points = self.manifest.location.points_per_token
+        return StepDecoder(self.engine, state, self.manifest.tokenizer.vocab_size, points)
+
+    def teacher_forced(self, cross: CrossCache, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Features [N, L, D] and locations [N, L, points, 2] of given ids [N, L]."""
+        outputs = self.engine.run("decoder_pass", {"ids": ids, **cross.inputs()})
+        return outputs["features"], outputs["locations"]  # type: ignore[return-value]
+
+    def prompt_delta(self, prefix: Floats, features: Floats) -> Floats | None:
+        """What the mask adapter adds to the two corner tokens [R, 2, width]; None when the bundle has no adapter."""
+        if "mask_adapter" not in self.manifest.graphs:
+            return None
+        outputs = self.engine.run("mask_adapter", {"visual_prefix": prefix, "features": features})
+        return outputs["prompt_delta"]  # type: ignore[return-value]
+
+    def masks(
+        self, scenes: Sequence[SceneFeatures], points: Floats, labels: NDArray[np.int64], delta: Floats | None = None
+    ) -> tuple[Floats, Floats]:
+        """Mask logits [R, 4, h, w] and predicted IoU [R, 4] for points [R, P, 2] in input pixels with labels [R, P]."""
+        maps, index = stack_scenes(scenes, lambda scene: scene.sam)
+        if delta is None:
+            delta = np.zeros((*labels.shape, self.manifest.mask.prompt_width), np.float32)
+        inputs = {"sam": maps, "image_index": index, "points": points, "labels": labels, "prompt_delta": delta}
+        outputs = self.engine.run("mask_decoder", inputs)
+        masks, scores = outputs["masks"], outputs["iou"]
+        if not np.isfinite(scores).all():  # type: ignore[arg-type]
+            raise EngineError("the mask decoder gave scores that are not finite; verify the bundle")
+        return masks, scores  # type: ignore[return-value]
+
+
+def stack_tokens(prompts: Sequence[PromptTokens], most: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Points [R, P, 2] and labels [R, P] of prompts with equal token counts.
+
+    Raises PromptError beyond `most` tokens.
+    """
+    count = len(prompts[0].labels)
+    if count > most:
+        raise PromptError(f"too many points: {count - 1}; this bundle takes at most {most - 1}")
+    return np.stack([p.points for p in prompts]), np.stack([p.labels for p in prompts])

@@ -1,0 +1,172 @@
+"""An encoded picture, and the store of recent ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deixis.batching import SceneFeatures
+from deixis.captioning import CaptionStream
+from deixis.errors import ClosedError
+from deixis.geometry import Geometry
+from deixis.options import DecodeOptions
+from deixis.prompts import Prompt
+from deixis.results import Caption, Grounding, Segment, Trace
+
+if TYPE_CHECKING:
+    from deixis.model import Model
+
+Labels = Sequence[int] | NDArray[np.integer]
+
+
+class Scene:
+    """A picture encoded once, to be prompted many times. Comes from `model.encode`; safe to use from several threads.
+
+    All boxes (left, top, right, bottom) and points (x, y) are pixels of the picture as it was given. A box that reaches
+    over the picture's edge is clipped to it. PromptError: a prompt that makes no sense; TaskError: the bundle cannot do
+    this task; ClosedError: the model was closed.
+    """
+
+    def __init__(self, model: Model, features: SceneFeatures, key: str) -> None:
+        self._model = model
+        self._features: SceneFeatures | None = features
+        self.key = key  # hash of the picture's content
+        self.geometry: Geometry = features.geometry
+        self.nbytes = features.nbytes
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"<Scene {width}x{height} px, {self.key[:8]}>"
+
+    @property
+    def model(self) -> Model:
+        return self._model
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture, px."""
+        return self.geometry.original
+
+    @property
+    def features(self) -> SceneFeatures:
+        """What the image encoders gave. Raises ClosedError."""
+        features = self._features
+        if features is None:
+            raise ClosedError("the model of this scene was closed; load it and encode the picture again")
+        return features
+
+    def release(self) -> None:
+        """Forget the features; called when the model is closed."""
+        self._features = None
+
+    def caption(
+        self,
+        box: ArrayLike | None = None,
+        points: ArrayLike | None = None,
+        labels: Labels | None = None,
+        options: DecodeOptions | None = None,
+    ) -> Caption:
+        """Describe the picture, or the region that a box or points select; every word with its place."""
+        return self._model.caption_batch([(self, Prompt(box, points, labels))], options)[0]
+
+    def stream_caption(
+        self,
+        box: ArrayLike | None = None,
+        points: ArrayLike | None = None,
+        labels: Labels | None = None,
+        options: DecodeOptions | None = None,
+    ) -> CaptionStream:
+        """The same, word by word: an iterator of Word, whose `caption` is the whole."""
+        return self._model.stream_caption(self, Prompt(box, points, labels), options)
+
+    def refer(self, text: str, mask: bool = True) -> Grounding:
+        """Find what a phrase means: its box, and its mask unless `mask` is False.
+
+        The score is the mask decoder's predicted IoU: how well the mask fits the box, not whether the thing is there.
+        The model has no way to say that it is not; it then gives a box all the same. The box is clipped to the picture.
+        Also raises TextTooLongError.
+        """
+        return self._model.refer_batch([(self, text)], mask)[0]
+
+    def trace(self, text: str) -> Trace:
+        """The place of every word of a given text. Also raises TextTooLongError."""
+        return self._model.trace_batch([(self, text)])[0]
+
+    @overload
+    def segment(
+        self,
+        box: ArrayLike | None = None,
+        points: ArrayLike | None = None,
+        labels: Labels | None = None,
+        multimask: Literal[False] = False,
+    ) -> Segment: ...
+
+    @overload
+    def segment(
+        self,
+        box: ArrayLike | None = None,
+        points: ArrayLike | None = None,
+        labels: Labels | None = None,
+        *,
+        multimask: Literal[True],
+    ) -> tuple[Segment, ...]: ...
+
+    def segment(
+        self,
+        box: ArrayLike | None = None,
+        points: ArrayLike | None = None,
+        labels: Labels | None = None,
+        multimask: bool = False,
+    ) -> Segment | tuple[Segment, ...]:
+        """The mask of what a box or points select, as SAM gives it.
+
+        multimask: three alternatives, best predicted IoU first, for prompts that may mean a thing, a part or a group.
+        """
+        prompts = [(self, Prompt(box, points, labels))]
+        if multimask:
+            return self._model.segment_batch(prompts, multimask=True)[0]
+        return self._model.segment_batch(prompts)[0]
+
+
+class SceneStore:
+    """Recent scenes by content hash, within a budget of bytes; the least recently used go first. Thread-safe."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def get(self, key: str) -> Scene | None:
+        with self._lock:
+            scene = self._scenes.get(key)
+            if scene is not None:
+                self._scenes.move_to_end(key)
+            return scene
+
+    def put(self, scene: Scene) -> None:
+        with self._lock:
+            if scene.key in self._scenes or scene.nbytes > self.budget_bytes:
+                return
+            self._scenes[scene.key] = scene
+            self._bytes += scene.nbytes
+            while self._bytes > self.budget_bytes:
+                _, oldest = self._scenes.popitem(last=False)
+                self._bytes -= oldest.nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._scenes.clear()
+            self._bytes = 0
