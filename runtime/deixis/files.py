@@ -13,11 +13,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     Raises FileNotFoundError when the folder does not exist (it is not made: a mistyped path should not become one),
     and OSError when the folder cannot be written or the disk is full.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}; make it first")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder; name a file")
+    target = check_target(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     except OSError as error:
@@ -33,6 +29,19 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise type(error)(f"cannot write {target}: {error.strerror or error}") from None
         raise
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path as a Path, if a file could stand there: work that ends in a file should not fail at its end.
+
+    Raises FileNotFoundError when there is no such folder, IsADirectoryError when the path is a folder.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}; make it first")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder; name a file")
+    return target
 
 
 def _umask() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -106,12 +106,12 @@ def _is_truncated(data: bytes) -> bool:
     return False
 
 
-def _to_uint8(image: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
     """16-bit samples to 8 bits as OpenCV's colour decoding does it; 8-bit ones unchanged."""
     return (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image.astype(np.uint8, copy=False)
 
 
-def _from_array(array: NDArray[np.generic], channels: Channels) -> NDArray[np.uint8]:
+def _from_array(array: NDArray[Any], channels: Channels) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         raise ImageError(f"a picture array must be uint8 (0..255), not {array.dtype}; convert it first")
     if array.ndim == 2 and channels != "GRAY":

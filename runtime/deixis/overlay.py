@@ -108,14 +108,19 @@ def save_image(path: str | os.PathLike[str], image: Picture) -> None:
 
     Raises ImageError for a suffix OpenCV cannot write, OSError when the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
-    try:
-        good, data = cv2.imencode(suffix or ".", image[..., ::-1])
-    except cv2.error:
-        good, data = False, None
-    if not good or data is None:
-        raise ImageError(f"cannot write {path}: unknown picture type {suffix!r}; use .png or .jpg")
+    suffix = check_suffix(path)
+    good, data = cv2.imencode(suffix, image[..., ::-1])
+    if not good:
+        raise ImageError(f"cannot write {path}: OpenCV failed to encode it as {suffix}")
     write_atomic(path, data.tobytes())
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of a picture's path, if OpenCV can write that type; raises ImageError otherwise."""
+    suffix = Path(path).suffix.lower()
+    if not suffix or not cv2.haveImageWriter(f"picture{suffix}"):
+        raise ImageError(f"cannot write {path}: unknown picture type {suffix!r}; use .png or .jpg")
+    return suffix
 
 
 def _draw_path(canvas: Canvas, words: Sequence[Word]) -> list[Color | None]:

@@ -1,0 +1,5 @@
+import sys
+
+from deixis.cli import main
+
+sys.exit(main())

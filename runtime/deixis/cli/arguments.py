@@ -1,0 +1,159 @@
+"""What can be typed: the argument parser of the runtime's own commands."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import NoReturn
+
+from deixis._version import __version__
+from deixis.cli import parts
+
+DEFAULT_BUNDLE = "tabletop"
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"deixis: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of everything but the other parts' commands; parsed options carry `run`, the function to call."""
+    from deixis.cli import checks, demo, tasks
+
+    root = Parser(
+        prog="deixis",
+        description="Words with locations, boxes and masks, from pixel-aligned language models; without PyTorch.",
+        epilog=f"Further commands, each with its own --help: {', '.join(sorted(parts.known()))}.",
+    )
+    root.add_argument("--version", action="version", version=f"deixis {__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    sub = commands.add_parser("demo", help="run every task on the shipped pictures, and make pictures of it")
+    sub.add_argument("--out", default="out/demo", metavar="DIR", help="folder for the pictures (default: %(default)s)")
+    sub.add_argument("--pictures", metavar="DIR", help="folder with prompts.json (default: the one beside the bundle)")
+    _model(sub)
+    sub.set_defaults(run=demo.run)
+
+    sub = commands.add_parser("caption", help="describe a picture, or a region of it, every word with its place")
+    _task(sub)
+    _prompt(sub)
+    _decoding(sub)
+    sub.add_argument("--stream", action="store_true", help="print words as they come")
+    sub.set_defaults(run=tasks.caption)
+
+    sub = commands.add_parser("refer", help="find the box and mask of phrases")
+    _task(sub)
+    sub.add_argument("phrases", nargs="+", metavar="PHRASE", help='what to find, such as "the red mug"')
+    sub.add_argument("--no-mask", action="store_true", help="boxes only")
+    sub.set_defaults(run=tasks.refer)
+
+    sub = commands.add_parser("segment", help="cut out what a box or points select")
+    _task(sub)
+    _prompt(sub)
+    sub.set_defaults(run=tasks.segment)
+
+    sub = commands.add_parser("trace", help="find the place of every word of a given text")
+    _task(sub)
+    sub.add_argument("text", metavar="TEXT", help="the words to be placed")
+    sub.set_defaults(run=tasks.trace)
+
+    sub = commands.add_parser("inspect", help="print what a bundle holds")
+    sub.add_argument("bundle", metavar="BUNDLE", nargs="?", default=DEFAULT_BUNDLE, help="folder or name of a bundle")
+    sub.add_argument("--json", action="store_true", help="the whole manifest as JSON")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and logs")
+    sub.set_defaults(run=checks.inspect)
+
+    sub = commands.add_parser("verify", help="run a bundle's golden vectors on this machine and compare")
+    sub.add_argument("bundle", metavar="BUNDLE", nargs="?", default=DEFAULT_BUNDLE, help="folder or name of a bundle")
+    _device(sub)
+    sub.add_argument("--json", metavar="FILE", help="write the comparison as JSON; - is the standard output")
+    sub.set_defaults(run=checks.verify)
+
+    sub = commands.add_parser("doctor", help="say what is installed and which devices work")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and logs")
+    sub.set_defaults(run=checks.doctor)
+    return root
+
+
+def _device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=DEVICES, default="auto", help="where graphs run (default: %(default)s)")
+    sub.add_argument("--threads", type=_positive, metavar="N", help="threads of one graph run (default: all cores)")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and logs")
+
+
+def _model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--bundle", default=DEFAULT_BUNDLE, help="folder or name of a bundle (default: %(default)s)")
+    _device(sub)
+
+
+def _task(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("image", metavar="IMAGE", help="a picture file")
+    _model(sub)
+    sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - is the standard output")
+    sub.add_argument("--overlay", metavar="FILE", help="write a picture of the result (.png, .jpg)")
+
+
+def _prompt(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--box",
+        type=_box,
+        action="append",
+        default=[],
+        metavar="X0,Y0,X1,Y1",
+        help="a region in pixels; may be repeated",
+    )
+    sub.add_argument(
+        "--point",
+        type=_point,
+        action="append",
+        default=[],
+        metavar="X,Y[,LABEL]",
+        help="a point in pixels, label 1 = on the thing (default), 0 = not on it; repeated points select one thing",
+    )
+
+
+def _decoding(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--beams", type=_positive, metavar="N", help="beam search with N hypotheses; 1 = greedy")
+    sub.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest text")
+    sub.add_argument("--deadline-ms", type=_milliseconds, metavar="MS", help="give up after so long")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= value < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    (value,) = _floats(text, (1,), "a number of milliseconds")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds from 0 on")
+    return value
+
+
+def _box(text: str) -> tuple[float, ...]:
+    return _floats(text, (4,), "four numbers x0,y0,x1,y1")
+
+
+def _point(text: str) -> tuple[float, ...]:
+    values = _floats(text, (2, 3), "x,y or x,y,label")
+    if len(values) == 3 and values[2] not in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: the label must be 1 (on the thing) or 0 (not on it)")
+    return values
+
+
+def _floats(text: str, counts: tuple[int, ...], expected: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in counts or not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return values
