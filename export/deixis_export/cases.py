@@ -1,0 +1,146 @@
+"""Example inputs of every graph, taken from one request that runs through the PyTorch model.
+
+The same request serves three ends: it is what graphs are traced on, what their parity is measured on, and what goes into the bundle
+as golden vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from deixis_train.models.pixelllm import PixelLLM
+from torch import Tensor
+
+from deixis_export.graphs import graph_specs, run_torch
+
+# In the golden file arrays above this many values are stored in fewer bits.
+_COMPACT_VALUES = 16384
+_COARSE_LEVELS = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values of the symbolic dimensions; K is beams per prompt, R = N * K."""
+
+    B: int
+    N: int
+    K: int
+    P: int
+    C: int
+    S: int
+    T: int
+    L: int
+    position: int = 3
+
+
+GOLDEN = Sizes(B=1, N=1, K=2, P=5, C=5, S=2, T=9, L=7)
+OTHER = Sizes(B=2, N=3, K=2, P=6, C=4, S=5, T=12, L=8, position=4)
+
+Case = dict[str, Tensor]
+
+
+def example_picture(size: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pictures [B, S, S, 3] of coloured blocks, 0..255, zero outside the valid part, and that part's (height, width) [B, 2]."""
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (count, 8, 8, 3))
+    cells = (np.arange(size) * 8) // size
+    image = blocks[:, cells][:, :, cells].astype(np.float32)
+    valid = np.array([(size * 3 // 4, size) if i % 2 == 0 else (size, size * 5 // 8) for i in range(count)], np.float32)
+    for i, (height, width) in enumerate(valid.astype(int)):
+        image[i, height:] = 0
+        image[i, :, width:] = 0
+    return torch.from_numpy(image), torch.from_numpy(valid)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """Round inputs to values that fp16 holds, large maps to few levels, so that golden vectors are exact and small."""
+    if x.numel() > _COMPACT_VALUES:
+        step = 2.0 ** torch.ceil(torch.log2(x.abs().max() / _COARSE_LEVELS))
+        x = torch.round(x / step) * step
+    return x.half().float()
+
+
+@torch.no_grad()
+def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
+    """Inputs by role and logical name, from a seeded request of the given sizes."""
+    config, specs = model.config, graph_specs(model)
+    generator = torch.Generator().manual_seed(seed)
+    side, rows = config.image_size, sizes.N * sizes.K
+    cases: dict[str, Case] = {}
+
+    def run(role: str) -> dict[str, Tensor]:
+        return run_torch(specs[role], model, cases[role])
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(2, config.t5.vocab, shape, generator=generator)
+
+    image, valid = example_picture(side, sizes.B, seed)
+    cases["semantic_encoder"] = cases["sam_encoder"] = {"image": image, "valid_hw": valid}
+    maps = run("semantic_encoder") | run("sam_encoder")
+    index = torch.arange(rows) % sizes.B
+    points = torch.floor(torch.rand(rows, sizes.P, 2, generator=generator) * side)
+    kinds = [[2, 3] + [-2] * (sizes.P - 2), [1] * (sizes.P - 1) + [-1], [0, 1] * (sizes.P // 2) + [-1] * (sizes.P % 2)]
+    labels = torch.tensor([kinds[i % 3] for i in range(rows)])
+    features = _compact(torch.cat([maps["semantic"], maps["sam_on_grid"]], dim=-1))
+    cases["prompt_extractor"] = {"features": features, "image_index": index, "points": points, "labels": labels}
+    prefix = _compact(run("prompt_extractor")["visual_prefix"])
+
+    context = ids(sizes.N, sizes.C)
+    context[0, -2:] = 0  # a shorter instruction than its neighbours
+    cases["text_encoder"] = {"visual_prefix": prefix[: sizes.N], "context_ids": context}
+    cross = {name: _compact(value) for name, value in run("text_encoder").items()}
+
+    cache_shape = (rows, config.t5.heads, sizes.T, config.t5.head_dim)
+    own = {
+        f"self_{part}.{layer}": torch.zeros(cache_shape)
+        for layer in range(config.t5.layers)
+        for part in ("key", "value")
+    }
+    prefill = {"ids": ids(rows, sizes.position), "position": torch.tensor([0]), **cross, **own}
+    cases["decoder_step"] = prefill
+    written = run("decoder_step")
+    own = {name: _compact(written[name.replace(".", "_out.")]) for name in own}
+    cases["decoder_step"] = {"ids": ids(rows, sizes.S), "position": torch.tensor([sizes.position]), **cross, **own}
+
+    words = ids(sizes.N, sizes.L)
+    words[:, 0] = config.begin_token_id
+    words[0, -3], words[0, -2:] = config.end_token_id, 0
+    cases["decoder_pass"] = {"ids": words, **cross}
+
+    features = _compact(run("decoder_pass")["features"])
+    if "mask_adapter" in specs:
+        cases["mask_adapter"] = {"visual_prefix": prefix[: sizes.N], "features": features}
+    if "mask_decoder" in specs:
+        delta = torch.randn(rows, sizes.P, config.prompt_embed_dim, generator=generator) * 0.1
+        cases["mask_decoder"] = {
+            "sam": _compact(maps["sam"]),
+            "image_index": index,
+            "points": points,
+            "labels": labels,
+            "prompt_delta": _compact(delta),
+        }
+    return cases
+
+
+def golden_arrays(role: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays for the golden file. Inputs are exact in fewer bits; large outputs are rounded to fp16 (5e-4 of a value)."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in inputs.items():
+        arrays[f"{role}/in/{name}"] = _smallest_exact(value)
+    for name, value in outputs.items():
+        large = value.dtype == np.float32 and value.size > _COMPACT_VALUES
+        arrays[f"{role}/out/{name}"] = value.astype(np.float16) if large else value
+    return arrays
+
+
+def _smallest_exact(value: np.ndarray) -> np.ndarray:
+    if value.dtype != np.float32:
+        return value
+    for kind in (np.uint8, np.float16):
+        with np.errstate(over="ignore", invalid="ignore"):
+            small = value.astype(kind)
+        if np.array_equal(small.astype(np.float32), value):
+            return small
+    return value

@@ -1,0 +1,248 @@
+"""Export: a PyTorch model becomes a bundle, one graph at a time, each compared with the model before the next begins."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deixis.bundle import (
+    Bundle,
+    Graph,
+    ParityRecord,
+    Precision,
+    TensorInfo,
+    describe_files,
+    open_bundle,
+    write_bundle,
+    write_manifest,
+)
+from deixis.errors import ExportError
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.tiny_vit import TinyVit
+from torch import Tensor
+
+from deixis_export.cases import GOLDEN, OTHER, Case, golden_arrays, make_cases
+from deixis_export.chain import chain_parity
+from deixis_export.graphs import DECODER_ROLES, GraphSpec, graph_specs, run_torch
+from deixis_export.manifest import make_manifest, task_table
+from deixis_export.session import Arrays, GraphSession, relative_error
+from deixis_export.trace import OPSET, TracedGraph, trace
+from deixis_export.weights import (
+    EXTERNAL_LIMIT_BYTES,
+    PRECISIONS,
+    PrecisionName,
+    WeightFile,
+    quantize_int8,
+    round_to_fp16,
+    store_fp16,
+    total_bytes,
+    write_graph,
+)
+
+log = logging.getLogger(__name__)
+
+# Largest error of a graph against the PyTorch model that holds the weights it holds, relative to the largest magnitude.
+GRAPH_TOLERANCE = 1e-4
+# int8 also rounds activations; the tasks' metrics are what judges it, this only catches a graph that is broken.
+INT8_TOLERANCE = 0.5
+# How far rounding the weights may move a graph from the fp32 model.
+DRIFT_TOLERANCE = {"fp32": GRAPH_TOLERANCE, "fp16": 5e-2, "int8": INT8_TOLERANCE}
+
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+GOLDEN_FILE = "golden/vectors.npz"
+DECODER_WEIGHTS = "decoder.data"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """precision: how weights are stored. seed: of the example request. licence: stated in the manifest."""
+
+    precision: PrecisionName = "fp32"
+    seed: int = 0
+    licence: str = ""
+
+
+def export_bundle(
+    model: PixelLLM,
+    destination: Path,
+    *,
+    tokenizer_json: str,
+    options: ExportOptions | None = None,
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    documents: Mapping[str, str] | None = None,
+    source: str = "",
+    force: bool = False,
+) -> Bundle:
+    """Export a model. The model is changed: LoRA and BatchNorm are folded, and its weights rounded to the stored precision.
+
+    Args:
+        model: in float32.
+        destination: the bundle's directory; it appears only when everything is written and checked.
+        tokenizer_json: text of the tokenizer file.
+        options: precision and the like.
+        tasks: overrides of the task table (`manifest.default_tasks`).
+        documents: MODEL_CARD.md and NOTICE by name.
+        source: where the weights come from, for the manifest.
+        force: replace an existing bundle.
+
+    Raises:
+        ExportError: a graph or the chain differs from the model beyond tolerance, a wrong option, a full disk. Nothing is left.
+        FileExistsError: the destination exists and `force` is False.
+    """
+    options = options or ExportOptions()
+    if options.precision not in PRECISIONS:
+        raise ExportError(f"unknown precision {options.precision!r}; choose one of {', '.join(PRECISIONS)}")
+    table = task_table(model.config, tasks or {})
+    try:
+        with write_bundle(destination, force=force) as work:
+            parity = _write_graphs(model.eval(), work, options)
+            _write_text(work / TOKENIZER_FILE, tokenizer_json)
+            for name, text in (documents or {}).items():
+                _write_text(work / name, text)
+            manifest = make_manifest(
+                model,
+                graphs=parity.graphs,
+                files=describe_files(work),
+                tasks=table,
+                parity=parity.records,
+                tokenizer_file=TOKENIZER_FILE,
+                golden_file=GOLDEN_FILE,
+                source=source,
+                licence=options.licence,
+            )
+            write_manifest(work, manifest)
+            records = chain_parity(model, open_bundle(work, verify_hashes=False), options.precision, options.seed)
+            for name, record in records.items():
+                _require(name, record)
+            parity.records.update(records)
+            write_manifest(work, manifest)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise ExportError(
+            f"cannot write {destination}: {error.strerror or error}{place}; nothing was left there"
+        ) from error
+    return open_bundle(destination)
+
+
+@dataclass
+class _Result:
+    graphs: dict[str, Graph]
+    records: dict[str, ParityRecord]
+
+
+def _write_graphs(model: PixelLLM, work: Path, options: ExportOptions) -> _Result:
+    (work / "graphs").mkdir()
+    (work / "golden").mkdir()
+    specs = graph_specs(model)
+    cases = [make_cases(model, GOLDEN, options.seed), make_cases(model, OTHER, options.seed + 1)]
+    before = {role: _numpy(run_torch(spec, model, cases[0][role])) for role, spec in specs.items()}
+    _prepare(model, options.precision)
+    result = _Result({}, {})
+    golden: Arrays = {}
+    with ExitStack() as stack:
+        shared = stack.enter_context(WeightFile(work / "graphs" / DECODER_WEIGHTS))
+        for role, spec in specs.items():
+            start = time.perf_counter()
+            expected = [_numpy(run_torch(spec, model, case[role])) for case in cases]
+            external = _write_graph(spec, model, cases[1][role], work / "graphs", shared, options.precision)
+            path = work / "graphs" / f"{role}.onnx"
+            with GraphSession(path) as session:
+                actual = [session.run(_numpy(case[role])) for case in cases]
+            error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+            int8 = options.precision == "int8"
+            against = "torch fp32" if options.precision == "fp32" else "torch with the same fp16 weights"
+            record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, against)
+            result.records[f"graph/{role}"] = record
+            _require(f"graph/{role}", record)
+            if options.precision != "fp32":
+                drift = ParityRecord(relative_error(actual[0], before[role]), DRIFT_TOLERANCE[options.precision])
+                result.records[f"drift/{role}"] = drift
+                _require(f"drift/{role}", drift)
+            # What a user's device has to give: the model's numbers, or for int8 the numbers of the graph itself.
+            golden |= golden_arrays(role, _numpy(cases[0][role]), actual[0] if int8 else expected[0])
+            result.graphs[role] = _describe(spec, external, options.precision)
+            log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
+    _save_npz(work / GOLDEN_FILE, golden)
+    return result
+
+
+@torch.no_grad()
+def _prepare(model: PixelLLM, precision: PrecisionName) -> None:
+    """Fold what is constant at inference, then round the weights as they are stored."""
+    model.text.merge_lora()
+    if isinstance(model.sam_encoder, TinyVit):
+        model.sam_encoder.fuse_batchnorm()
+    if precision != "fp32":
+        try:
+            round_to_fp16(model)
+        except ValueError as error:
+            raise ExportError(str(error)) from None
+
+
+def _write_graph(
+    spec: GraphSpec, model: PixelLLM, example: Case, folder: Path, shared: WeightFile, precision: PrecisionName
+) -> tuple[str, ...]:
+    """Trace, lower the precision and write one graph. Returns its external files, relative to the bundle."""
+    traced: TracedGraph = trace(spec, model, example)
+    if precision == "int8":
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            quantize_int8(traced, Path(temporary))
+    if precision != "fp32":
+        store_fp16(traced)
+    path = folder / f"{spec.role}.onnx"
+    if spec.role in DECODER_ROLES:
+        write_graph(traced, path, shared)
+        shared.flush()
+        return (f"graphs/{DECODER_WEIGHTS}",)
+    if total_bytes(traced) < EXTERNAL_LIMIT_BYTES:
+        write_graph(traced, path)
+        return ()
+    with WeightFile(folder / f"{spec.role}.data") as own:
+        write_graph(traced, path, own)
+    return (f"graphs/{spec.role}.data",)
+
+
+def _describe(spec: GraphSpec, external: tuple[str, ...], precision: PrecisionName) -> Graph:
+    def infos(tensors: Any) -> dict[str, TensorInfo]:
+        return {tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.dims) for tensor in tensors}
+
+    return Graph(
+        file=f"graphs/{spec.role}.onnx",
+        opset=OPSET,
+        inputs=infos(spec.inputs),
+        outputs=infos(spec.outputs),
+        precision=Precision(precision, "int8" if precision == "int8" else "fp32"),
+        external=external,
+    )
+
+
+def _require(name: str, record: ParityRecord) -> None:
+    if not record.error <= record.tolerance:  # NaN fails
+        raise ExportError(
+            f"{name} differs from {record.against} by {record.error:.1e} of the largest value, more than {record.tolerance:.0e}; "
+            "nothing was left behind"
+        )
+
+
+def _numpy(values: Mapping[str, Tensor]) -> Arrays:
+    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in values.items()}
+
+
+def _save_npz(path: Path, arrays: Arrays) -> None:
+    with path.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

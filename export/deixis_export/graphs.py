@@ -1,0 +1,205 @@
+"""The graphs of the `pixelllm` family: one small module per role, with the named inputs and outputs of docs/bundle.md.
+
+A module here only re-arranges arguments: flat lists of caches instead of pairs, float masks instead of booleans. What it computes is
+a method of `PixelLLM`. Tensors keep their logical names in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from deixis_train.models.config import PixelLLMConfig
+from deixis_train.models.pixelllm import PixelLLM
+from torch import Tensor, nn
+
+Dims = tuple[int | str, ...]
+
+DECODER_ROLES = ("decoder_step", "decoder_pass")  # they share one file of weights
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor at the border of a graph. A string in `dims` is a symbolic dimension."""
+
+    name: str
+    dims: Dims
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What a graph takes, gives and computes. `module` builds the function, whose arguments are `inputs` in their order."""
+
+    role: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    module: Callable[[PixelLLM], nn.Module]
+
+
+class _View(nn.Module):
+    """A graph's view of the model."""
+
+    def __init__(self, model: PixelLLM) -> None:
+        super().__init__()
+        self.model = model
+
+
+class SemanticEncoder(_View):
+    def forward(self, image: Tensor, valid_hw: Tensor) -> Tensor:
+        return self.model.encode_semantic(image, valid_hw)
+
+
+class SamEncoder(_View):
+    def forward(self, image: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor]:
+        on_grid, own = self.model.encode_sam(image, valid_hw)
+        # A graph may not have the same tensor as two outputs, which is what equal grids would give.
+        return own, on_grid if on_grid is not own else own + 0.0
+
+
+class PromptExtractor(_View):
+    def forward(self, features: Tensor, image_index: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        return self.model.extract_prompt(features, image_index, points, labels)
+
+
+class TextEncoder(_View):
+    def forward(self, visual_prefix: Tensor, context_ids: Tensor) -> tuple[Tensor, ...]:
+        encoded, valid = self.model.text.encode(visual_prefix, context_ids)
+        cross = [tensor for pair in self.model.text.cross_kv(encoded) for tensor in pair]
+        return (valid.to(encoded.dtype), *cross)
+
+
+class DecoderStep(_View):
+    def forward(self, ids: Tensor, position: Tensor, encoder_mask: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        pairs = _pairs(caches)
+        cross, own = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        logits, features, written = self.model.text.step(ids, position, own, cross, encoder_mask > 0.5)
+        return (logits, features, *_locations(self.model, features), *(tensor for pair in written for tensor in pair))
+
+
+class DecoderPass(_View):
+    def forward(self, ids: Tensor, encoder_mask: Tensor, *cross: Tensor) -> tuple[Tensor, ...]:
+        _, features = self.model.text.decode(ids, None, encoder_mask > 0.5, cross=_pairs(cross), with_logits=False)
+        return (features, *_locations(self.model, features))
+
+
+class MaskAdapter(_View):
+    def forward(self, visual_prefix: Tensor, features: Tensor) -> Tensor:
+        assert self.model.mask_adapter is not None
+        return self.model.mask_adapter(visual_prefix, features)
+
+
+class MaskDecoder(_View):
+    def forward(
+        self, sam: Tensor, image_index: Tensor, points: Tensor, labels: Tensor, prompt_delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sparse = self.model.prompt_encoder(points, labels) + prompt_delta
+        return self.model.decode_masks(sam, image_index, sparse)
+
+
+def _pairs(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def _locations(model: PixelLLM, features: Tensor) -> tuple[Tensor, ...]:
+    return () if model.point_predictor is None else (model.locate(features),)
+
+
+def _caches(kind: str, config: PixelLLMConfig, rows: str, length: str, suffix: str = "") -> tuple[TensorSpec, ...]:
+    dims = (rows, config.t5.heads, length, config.t5.head_dim)
+    return tuple(
+        TensorSpec(f"{kind}_{part}{suffix}.{layer}", dims)
+        for layer in range(config.t5.layers)
+        for part in ("key", "value")
+    )
+
+
+def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
+    """The graphs that a model is cut into, by role, in the order of a request."""
+    config = model.config
+    size, grid, sam = config.image_size, model.grid, model.sam_grid
+    c1, c2, width = config.semantic.embed_dim, config.sam.out_chans, config.t5.emb
+    queries = grid * grid if config.prompt_fuse == "dense" else config.prompt_adapter.num_outputs
+    prompt = config.prompt_embed_dim
+
+    image = (TensorSpec("image", ("B", size, size, 3)), TensorSpec("valid_hw", ("B", 2)))
+    index = TensorSpec("image_index", ("R",), "int64")
+    points = (TensorSpec("points", ("R", "P", 2)), TensorSpec("labels", ("R", "P"), "int64"))
+    cross = (TensorSpec("encoder_mask", ("N", "E")), *_caches("cross", config, "N", "E"))
+
+    def text_outputs(rows: str, length: str) -> tuple[TensorSpec, ...]:
+        features = TensorSpec("features", (rows, length, width))
+        if config.point_predictor is None:
+            return (features,)
+        return (features, TensorSpec("locations", (rows, length, config.point_predictor.num_output_points, 2)))
+
+    specs = [
+        GraphSpec("semantic_encoder", image, (TensorSpec("semantic", ("B", grid, grid, c1)),), SemanticEncoder),
+        GraphSpec(
+            "sam_encoder",
+            image,
+            (TensorSpec("sam", ("B", sam, sam, c2)), TensorSpec("sam_on_grid", ("B", grid, grid, c2))),
+            SamEncoder,
+        ),
+        GraphSpec(
+            "prompt_extractor",
+            (TensorSpec("features", ("B", grid, grid, c1 + c2)), index, *points),
+            (TensorSpec("visual_prefix", ("R", queries, width)),),
+            PromptExtractor,
+        ),
+        GraphSpec(
+            "text_encoder",
+            (TensorSpec("visual_prefix", ("N", queries, width)), TensorSpec("context_ids", ("N", "C"), "int64")),
+            cross,
+            TextEncoder,
+        ),
+        GraphSpec(
+            "decoder_step",
+            (
+                TensorSpec("ids", ("R", "S"), "int64"),
+                TensorSpec("position", (1,), "int64"),
+                *cross,
+                *_caches("self", config, "R", "T"),
+            ),
+            (
+                TensorSpec("logits", ("R", config.t5.vocab)),
+                *text_outputs("R", "S"),
+                *_caches("self", config, "R", "T", "_out"),
+            ),
+            DecoderStep,
+        ),
+        GraphSpec(
+            "decoder_pass", (TensorSpec("ids", ("N", "L"), "int64"), *cross), text_outputs("N", "L"), DecoderPass
+        ),
+    ]
+    if config.mask_adapter is not None:
+        prefix = TensorSpec("visual_prefix", ("R", queries, width))
+        delta = TensorSpec("prompt_delta", ("R", config.mask_adapter.num_outputs, prompt))
+        inputs = (prefix, TensorSpec("features", ("R", "L", width)))
+        specs.append(GraphSpec("mask_adapter", inputs, (delta,), MaskAdapter))
+    if config.mask_decoder is not None:
+        masks = config.mask_decoder.num_multimask_outputs + 1
+        specs.append(
+            GraphSpec(
+                "mask_decoder",
+                (
+                    TensorSpec("sam", ("B", sam, sam, c2)),
+                    index,
+                    *points,
+                    TensorSpec("prompt_delta", ("R", "P", prompt)),
+                ),
+                (TensorSpec("masks", ("R", masks, 4 * sam, 4 * sam)), TensorSpec("iou", ("R", masks))),
+                MaskDecoder,
+            )
+        )
+    return {spec.role: spec for spec in specs}
+
+
+@torch.no_grad()
+def run_torch(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model itself computes for a graph's inputs."""
+    module = spec.module(model).eval()
+    result = module(*(inputs[tensor.name] for tensor in spec.inputs))
+    values = result if isinstance(result, tuple) else (result,)
+    return {tensor.name: value for tensor, value in zip(spec.outputs, values, strict=True)}

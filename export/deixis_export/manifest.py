@@ -1,0 +1,165 @@
+"""What a bundle's manifest says beside its graphs: tasks, sizes, tokenizer, where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from deixis import __version__
+from deixis.bundle import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    Caches,
+    CacheSpec,
+    DimRange,
+    FileInfo,
+    Format,
+    Graph,
+    ImageSpec,
+    LocationSpec,
+    Manifest,
+    MaskSpec,
+    ModelInfo,
+    ParityRecord,
+    PromptSpec,
+    Provenance,
+    TaskSpec,
+    TokenizerSpec,
+)
+from deixis.errors import ExportError
+from deixis_train.models.config import PixelLLMConfig
+from deixis_train.models.pixelllm import PixelLLM
+
+PAD_ID, UNKNOWN_ID = 0, 2  # T5's
+TRACE_RULE, REFER_RULE = "begin,end,pad", "^end-1"  # section 8
+REGION_CAPTION_LENGTH = 40  # section 11
+MAX_PICTURES, MAX_ROWS = 16, 128
+
+
+def default_tasks(config: PixelLLMConfig) -> dict[str, TaskSpec]:
+    """The task table of section 1 with the decoder settings of section 11, bounded by the model's own lengths."""
+    caption = TaskSpec(
+        instruction="A long image caption: ",
+        instruction_tokens=config.context_length,
+        max_length=config.max_caption_length,
+        beams=4,
+        beams_per_node=2,
+        points_at=TRACE_RULE,
+    )
+    region = dataclasses.replace(
+        caption,
+        instruction="an object of ",
+        max_length=min(REGION_CAPTION_LENGTH, config.max_caption_length),
+        beams=1,
+        beams_per_node=1,
+    )
+    tasks = {"caption": caption, "region_caption": region}
+    if config.point_predictor is not None:
+        tasks["trace"] = dataclasses.replace(caption, beams=1, beams_per_node=1)
+        tasks["refer"] = TaskSpec(
+            instruction="where is {text}",
+            instruction_tokens=config.refer_length,
+            max_length=config.refer_length,
+            points_at=REFER_RULE,
+        )
+    return tasks
+
+
+def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskSpec]:
+    """Defaults with a checkpoint's own settings over them. Raises ExportError for unknown tasks or fields."""
+    tasks = default_tasks(config)
+    fields = {f.name for f in dataclasses.fields(TaskSpec)}
+    for name, values in overrides.items():
+        if name not in tasks:
+            raise ExportError(f"the checkpoint sets task {name!r}, which this model has not; it has {', '.join(tasks)}")
+        unknown = set(values) - fields
+        if unknown:
+            raise ExportError(
+                f"task {name!r}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(fields))}"
+            )
+        tasks[name] = dataclasses.replace(tasks[name], **values)
+    return tasks
+
+
+def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimRange]:
+    """Ranges of the symbolic dimensions, from what the tasks ask for."""
+    config = model.config
+    context = max(task.instruction_tokens for task in tasks.values())
+    length = max(task.max_length for task in tasks.values())
+    beams = max(task.beams for task in tasks.values())
+    queries = config.prompt_adapter.num_outputs if config.prompt_fuse == "sparse" else model.grid * model.grid
+    return {
+        "B": DimRange(1, 1, MAX_PICTURES),
+        "R": DimRange(1, beams, MAX_ROWS),
+        "N": DimRange(1, 1, MAX_ROWS),
+        "P": DimRange(1, 5, 64),
+        "C": DimRange(1, min(8, context), context),
+        "E": DimRange(queries + 1, queries + min(8, context), queries + context),
+        "S": DimRange(1, 1, length),
+        "T": DimRange(1, length, 4 * length),
+        "L": DimRange(1, length, length),
+    }
+
+
+def make_manifest(
+    model: PixelLLM,
+    *,
+    graphs: dict[str, Graph],
+    files: dict[str, FileInfo],
+    tasks: dict[str, TaskSpec],
+    parity: dict[str, ParityRecord],
+    tokenizer_file: str,
+    golden_file: str,
+    source: str,
+    licence: str,
+) -> Manifest:
+    config = model.config
+    cache = CacheSpec(config.t5.layers, config.t5.heads, config.t5.head_dim)
+    return Manifest(
+        format=Format(FORMAT_NAME, ".".join(map(str, FORMAT_VERSION))),
+        model=ModelInfo("pixelllm", config.name),
+        files=files,
+        graphs=graphs,
+        dims=dim_ranges(model, tasks),
+        caches=Caches(cache, cache, default_capacity=max(task.max_length for task in tasks.values())),
+        image=ImageSpec(config.image_size),
+        tokenizer=TokenizerSpec(
+            tokenizer_file, config.begin_token_id, config.end_token_id, PAD_ID, UNKNOWN_ID, config.t5.vocab
+        ),
+        location=LocationSpec(config.point_predictor.num_output_points if config.point_predictor else 1),
+        prompts=PromptSpec("box" if config.prompt_use_box_rate > 0 else "corners"),
+        tasks=tasks,
+        mask=MaskSpec(prompt_width=config.prompt_embed_dim),
+        parity=parity,
+        golden=golden_file,
+        provenance=Provenance(
+            exporter=f"deixis {__version__}",
+            created=_today(),
+            source=source,
+            licence=licence,
+            versions=_versions(),
+        ),
+    )
+
+
+def _today() -> str:
+    """Today's date; SOURCE_DATE_EPOCH overrides it, so that builds can be repeated byte for byte."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if epoch is not None:
+        now = datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc)
+    return now.date().isoformat()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "onnx", "onnxruntime", "numpy", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
