@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 # Largest error of a graph against the PyTorch model that holds the weights it holds, relative to the largest magnitude.
 GRAPH_TOLERANCE = 1e-4
 # int8 also rounds activations; the tasks' metrics are what judges it, this only catches a graph that is broken.
-INT8_TOLERANCE = 0.5
+INT8_TOLERANCE = 0.2
 # How far rounding the weights may move a graph from the fp32 model.
 DRIFT_TOLERANCE = {"fp32": GRAPH_TOLERANCE, "fp16": 5e-2, "int8": INT8_TOLERANCE}
 

@@ -7,6 +7,7 @@ from types import TracebackType
 
 import numpy as np
 import onnxruntime
+from deixis.errors import ExportError
 
 Arrays = dict[str, np.ndarray]
 
@@ -18,9 +19,12 @@ class GraphSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._path = path
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot load {path.name}: {' '.join(str(error).split())[:300]}") from error
+        self._session: onnxruntime.InferenceSession | None = session
         self.outputs = [item.name for item in self._session.get_outputs()]
 
     def __enter__(self) -> GraphSession:
@@ -33,7 +37,11 @@ class GraphSession:
 
     def run(self, inputs: Arrays) -> Arrays:
         assert self._session is not None, "the session is closed"
-        return dict(zip(self.outputs, self._session.run(self.outputs, inputs), strict=True))
+        try:
+            values = self._session.run(self.outputs, inputs)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(f"{self._path.name} does not run: {' '.join(str(error).split())[:300]}") from error
+        return dict(zip(self.outputs, values, strict=True))
 
 
 def relative_error(actual: Arrays, expected: Arrays) -> float:

@@ -65,29 +65,41 @@ def store_fp16(traced: TracedGraph) -> None:
 
 
 def quantize_int8(traced: TracedGraph, work: Path, exclude: tuple[str, ...] = ()) -> None:
-    """Weights of MatMul to int8 per output channel, activations quantised on the fly (onnxruntime's dynamic quantisation).
+    """Weights of MatMul to int8 per output channel, activations quantised while running (onnxruntime's dynamic scheme).
 
-    Nodes whose name starts with an entry of `exclude` stay in fp32. `work` is a directory for temporary files.
+    Only plain matrices of some size are taken; nodes whose name starts with an entry of `exclude` stay in fp32. `work` is a
+    directory for temporary files.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    names = [node.name for node in traced.model.graph.node if node.name.startswith(exclude)] if exclude else []
+    def taken(node: onnx.NodeProto) -> bool:
+        weight = traced.constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is None or weight.ndim != 2 or not stored_low(weight.shape, weight.nbytes):
+            return False
+        return not (exclude and node.name.startswith(exclude))
+
+    names = [node.name for node in traced.model.graph.node if taken(node)]
+    if not names:
+        return
     source, target = work / "fp32.onnx", work / "int8.onnx"
+    # Says that shapes are known and silences the advice to run a preprocessing step.
+    onnx.helper.set_model_props(traced.model, {"onnx.quant.pre_process": "onnxruntime.quant"})
     with WeightFile(work / "fp32.data") as weights:
         write_graph(traced, source, weights)
     quantize_dynamic(
         source,
         target,
+        nodes_to_quantize=names,
         op_types_to_quantize=["MatMul"],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=names,
         use_external_data_format=True,
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
     quantised = onnx.load(target)
     traced.constants = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
     del quantised.graph.initializer[:]
+    del quantised.metadata_props[:]
     traced.model = quantised
     for path in work.iterdir():
         path.unlink()

@@ -1,0 +1,5 @@
+import sys
+
+from deixis_export.cli import main
+
+sys.exit(main())

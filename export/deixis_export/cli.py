@@ -1,0 +1,109 @@
+"""`deixis export CHECKPOINT --out BUNDLE`, also as `python -m deixis_export`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from deixis.errors import DeixisError, ExportError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"deixis export: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="deixis export",
+        description="Turn a checkpoint into a bundle. Every graph is compared with the PyTorch model before anything appears.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, nargs="?", help="folder of a checkpoint")
+    parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="how weights are stored; fp16 is computed in fp32 on a CPU (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--frozen", metavar="FILE", type=Path, help="file with the parts that the checkpoint leaves out")
+    parser.add_argument("--licence", default="Apache-2.0", help="stated in the manifest (default: %(default)s)")
+    parser.add_argument("--preset", metavar="NAME", help="with --random: the sizes of a model that needs no checkpoint")
+    parser.add_argument("--random", action="store_true", help="random weights, for benchmarks and tests")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the example request")
+    parser.add_argument("--verbose", action="store_true", help="one line per graph while it runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export. Returns the exit code: 0 done, 1 failed, 2 used wrongly; errors are one line on stderr."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.random != (options.preset is not None):
+        parser.error("--preset and --random go together")
+    if (options.checkpoint is None) == (options.preset is None):
+        parser.error("name a checkpoint, or --preset NAME --random")
+    if options.out.exists() and not options.force:
+        print(f"deixis export: error: {options.out} exists; choose another --out or pass --force", file=sys.stderr)
+        return 1
+    if options.verbose:
+        logging.getLogger("deixis_export").setLevel(logging.INFO)
+        logging.basicConfig(format="%(message)s")
+    try:
+        _export(options)
+    except KeyboardInterrupt:
+        print("deixis export: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    except (DeixisError, ValueError, OSError) as error:
+        print(f"deixis export: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    try:
+        from deixis_train.checkpoint import load_checkpoint
+
+        from deixis_export.export import ExportOptions, export_bundle
+        from deixis_export.presets import preset, random_model, random_tokenizer
+    except ImportError as error:
+        raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
+
+    start = time.perf_counter()
+    settings = ExportOptions(options.precision, options.seed, options.licence)
+    if options.preset is not None:
+        config = preset(options.preset)
+        bundle = export_bundle(
+            random_model(config, options.seed),
+            options.out,
+            tokenizer_json=random_tokenizer(config.t5.vocab),
+            options=settings,
+            source=f"random weights, preset {config.name}, seed {options.seed}",
+            force=options.force,
+        )
+    else:
+        checkpoint = load_checkpoint(options.checkpoint, options.frozen)
+        bundle = export_bundle(
+            checkpoint.model,
+            options.out,
+            tokenizer_json=checkpoint.tokenizer_json,
+            options=settings,
+            tasks=checkpoint.tasks,
+            documents=checkpoint.documents,
+            source=checkpoint.source,
+            force=options.force,
+        )
+    manifest = bundle.manifest
+    worst = max((r.error, name) for name, r in manifest.parity.items() if name.startswith(("graph/", "chain/")))
+    size = sum(info.bytes for info in manifest.files.values()) / 1e6
+    print(
+        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB, {options.precision}; "
+        f"worst parity {worst[0]:.1e} ({worst[1]}); {time.perf_counter() - start:.0f} s"
+    )
