@@ -41,7 +41,8 @@ class Canvas:
         scale = min(max(1.0, SMALLEST_PX / longest), max(LARGEST_PX / longest, 1e-9))
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
         method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        pixels = image.copy() if size == image.shape[1::-1] else cv2.resize(image, size, interpolation=method)
+        same = size == image.shape[1::-1]
+        pixels = np.array(image if same else cv2.resize(image, size, interpolation=method), np.uint8)
         return cls(pixels, scale)
 
     @property
@@ -180,7 +181,7 @@ def smooth_path(points: Sequence[tuple[float, float]], steps: int = 24) -> NDArr
     t = (np.arange(steps) / steps)[:, None]
     pieces = []
     for before, a, b, after in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
-        reach = np.linalg.norm(b - a)
+        reach = float(np.linalg.norm(b - a))
         ma, mb = (_limited(v, reach) for v in ((b - before) / 2, (after - a) / 2))
         pieces.append(
             (2 * t**3 - 3 * t**2 + 1) * a + (t**3 - 2 * t**2 + t) * ma + (3 * t**2 - 2 * t**3) * b + (t**3 - t**2) * mb

@@ -70,7 +70,8 @@ def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArr
     """Resize float32 [H,W] or [H,W,C] to `size` (height, width): bilinear, half-pixel centres, no anti-aliasing."""
     if values.shape[:2] == size:
         return values
-    return cv2.resize(values, (size[1], size[0]), interpolation=cv2.INTER_LINEAR).reshape(*size, *values.shape[2:])
+    resized = cv2.resize(values, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(resized, np.float32).reshape(*size, *values.shape[2:])
 
 
 def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
@@ -90,7 +91,7 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise ImageError(f"{where}: the picture is truncated (its end is missing); copy it again")
     if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
         return _over_white(_to_uint8(raw), "BGRA")
-    return np.ascontiguousarray(image[..., ::-1])
+    return np.ascontiguousarray(image[..., ::-1], np.uint8)
 
 
 def _may_have_alpha(data: bytes) -> bool:

@@ -121,7 +121,7 @@ def _compare(
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Largest difference relative to the largest magnitude expected; infinite when shapes differ or something is NaN."""
+    """Largest difference relative to the largest magnitude expected; infinite on other shapes or NaN."""
     if found.shape != expected.shape:
         return float("inf")
     if not expected.size:
@@ -178,10 +178,8 @@ def _inspection(bundle: Bundle) -> list[str]:
         size = sum(m.files[name].bytes for name in (graph.file, *graph.external)) / 1e6
         parity = m.parity.get(f"graph/{role}")
         measured = f"  parity {parity.error:.1e} (allowed {parity.tolerance:.0e})" if parity else ""
-        stored = graph.precision.weights
-        lines.append(
-            f"  {role:<18} {size:7.2f} MB  opset {graph.opset}  {stored}, computed in {graph.precision.compute}{measured}"
-        )
+        stored, compute = graph.precision.weights, graph.precision.compute
+        lines.append(f"  {role:<18} {size:7.2f} MB  opset {graph.opset}  {stored}, computed in {compute}{measured}")
         lines += [f"      in   {name}: {t.dtype} {_shape(t.shape)}" for name, t in graph.inputs.items()]
         lines += [f"      out  {name}: {t.dtype} {_shape(t.shape)}" for name, t in graph.outputs.items()]
     lines += ["", "tasks"]

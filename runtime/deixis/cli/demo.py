@@ -22,6 +22,7 @@ from deixis.errors import BundleError, BundleNotFoundError
 from deixis.files import write_atomic
 from deixis.image import load_image
 from deixis.model import find_bundle
+from deixis.results import Box
 from deixis.scene import Scene
 
 Picture = NDArray[np.uint8]
@@ -33,7 +34,7 @@ class Suggestion:
 
     path: Path
     refer: tuple[str, ...] = ()
-    boxes: tuple[tuple[float, ...], ...] = ()
+    boxes: tuple[Box, ...] = ()
     points: tuple[tuple[float, ...], ...] = ()
     trace: str | None = None
 
@@ -112,7 +113,7 @@ def read_suggestions(folder: Path) -> list[Suggestion]:
             Suggestion(
                 _inside(folder, entry["file"]),
                 tuple(str(phrase) for phrase in entry.get("refer", ())),
-                tuple(tuple(float(v) for v in box) for box in entry.get("boxes", ())),
+                tuple(_box(box) for box in entry.get("boxes", ())),
                 tuple(tuple(float(v) for v in point) for point in entry.get("points", ())),
                 str(entry["trace"]) if entry.get("trace") else None,
             )
@@ -125,6 +126,11 @@ def read_suggestions(folder: Path) -> list[Suggestion]:
     if not found:
         raise BundleError(f"{path}: suggests nothing")
     return found
+
+
+def _box(values: Sequence[float]) -> Box:
+    left, top, right, bottom = (float(v) for v in values)
+    return left, top, right, bottom
 
 
 def _inside(folder: Path, name: str) -> Path:
