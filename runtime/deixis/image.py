@@ -77,6 +77,8 @@ def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArr
 def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
     if not data:
         raise ImageError(f"{where}: the picture is empty (0 bytes)")
+    if _is_truncated(data):
+        raise ImageError(f"{where}: the picture is truncated (its end is missing); copy it again")
     buffer = np.frombuffer(data, np.uint8)
     try:
         # Colour decoding applies the EXIF orientation, which IMREAD_UNCHANGED does not; the latter only serves to see
@@ -87,8 +89,6 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise ImageError(f"{where}: cannot decode the picture: {error.err or error.code}") from None
     if image is None or image.size == 0:
         raise ImageError(f"{where}: not a picture OpenCV can read, or a damaged one")
-    if _is_truncated(data):
-        raise ImageError(f"{where}: the picture is truncated (its end is missing); copy it again")
     if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
         return _over_white(_to_uint8(raw), "BGRA")
     return np.ascontiguousarray(image[..., ::-1], np.uint8)
@@ -99,12 +99,17 @@ def _may_have_alpha(data: bytes) -> bool:
 
 
 def _is_truncated(data: bytes) -> bool:
-    """Whether a PNG or JPEG stops before its end mark: OpenCV then fills the rest with grey and says nothing."""
+    """Whether a PNG or JPEG stops before its end mark: OpenCV then makes up the rest and says nothing."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" not in data[-4096:] and b"IEND" not in data
-    if data.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in data[-4096:] and b"\xff\xd9" not in data
-    return False
+        return b"IEND" not in data
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    position = 2
+    # the segments before the pixels may hold a thumbnail with an end mark of its own: walk over them
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        padding = data[position + 1] == 0xFF
+        position += 1 if padding else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return data.find(b"\xff\xd9", position) < 0
 
 
 def _to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:

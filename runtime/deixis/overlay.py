@@ -128,6 +128,7 @@ def _draw_path(canvas: Canvas, words: Sequence[Word]) -> list[Color | None]:
     colors = drawing.gradient(len(words))
     placed = [(canvas.at(w.center), w.text, c) for w, c in zip(words, colors, strict=True) if w.center is not None]
     unit, pixels = canvas.unit, canvas.pixels
+    near_path: list[Rect] = []
     if len(placed) > 1:
         steps = 24
         path = drawing.smooth_path([at for at, _, _ in placed], steps)
@@ -140,6 +141,7 @@ def _draw_path(canvas: Canvas, words: Sequence[Word]) -> list[Color | None]:
             red, green, blue = (int(channel[i]) for channel in blend)
             drawing.line(pixels, a, b, (red, green, blue), 2.4 * unit)
         _draw_arrow(canvas, points, placed[-1][2])
+        near_path = [(x - 2 * unit, y - 2 * unit, x + 2 * unit, y + 2 * unit) for x, y in points[::3]]
     for i, (at, _, color) in enumerate(placed):
         radius = (5.2 if i == 0 else 4.2) * unit
         drawing.disc(pixels, at, radius, color, rim=1.2 * unit)
@@ -148,7 +150,7 @@ def _draw_path(canvas: Canvas, words: Sequence[Word]) -> list[Color | None]:
     canvas.taken += [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for (x, y), _, _ in placed]
     # long words say most: they choose their places first
     for at, text, color in sorted(placed, key=lambda item: -len(item[1])):
-        _name_dot(canvas, at, text, color)
+        _name_dot(canvas, at, text, color, near_path)
     return [c if w.center is not None else None for w, c in zip(words, colors, strict=True)]
 
 
@@ -170,8 +172,8 @@ def _draw_arrow(canvas: Canvas, points: list[tuple[float, float]], color: Color)
         cv2.fillConvexPoly(canvas.pixels, corners, pen, cv2.LINE_AA, 4)
 
 
-def _name_dot(canvas: Canvas, at: tuple[float, float], text: str, color: Color) -> None:
-    """Write a word beside its dot where there is room; a word without room stays in the panel only."""
+def _name_dot(canvas: Canvas, at: tuple[float, float], text: str, color: Color, near_path: list[Rect]) -> None:
+    """Write a word beside its dot, off the path if it can be; a word without room stays in the panel only."""
     size, unit = canvas.text_px, canvas.unit
     width, far = drawing.text_width(text, size, 700), 8 * unit
     x, y = at
@@ -180,20 +182,21 @@ def _name_dot(canvas: Canvas, at: tuple[float, float], text: str, color: Color) 
     places += [(x - width / 2, y - far), (x - width / 2, y + far + size * 0.7)]
     places += [(x + far * 0.7, y - far * 0.7), (x + far * 0.7, y + far * 0.7 + size * 0.7)]
     places += [(x - far * 0.7 - width, y - far * 0.7), (x - far * 0.7 - width, y + far * 0.7 + size * 0.7)]
-    for left, base in places:
-        rect = (left - unit, base - size * 0.85, left + width + unit, base + size * 0.25)
-        if rect[0] < 0 or rect[1] < 0 or rect[2] > full or rect[3] > height or drawing.overlaps(rect, canvas.taken):
-            continue
-        drawing.write_haloed(canvas.pixels, text, (left, base), size, color)
-        canvas.taken.append(rect)
-        return
+    rects = [(left - unit, base - size * 0.85, left + width + unit, base + size * 0.25) for left, base in places]
+    for avoid in (canvas.taken + near_path, canvas.taken):
+        for (left, base), rect in zip(places, rects, strict=True):
+            inside = rect[0] >= 0 and rect[1] >= 0 and rect[2] <= full and rect[3] <= height
+            if inside and not drawing.overlaps(rect, avoid):
+                drawing.write_haloed(canvas.pixels, text, (left, base), size, color)
+                canvas.taken.append(rect)
+                return
 
 
 def _draw_masks(canvas: Canvas, items: Sequence[tuple[Mask | None, Color]]) -> None:
     """Tint every mask, outline it, and dim what lies outside all of them a little."""
     height, width = canvas.pixels.shape[:2]
     shapes = [
-        (cv2.resize(m.array.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA), color)
+        (cv2.resize(m.array * np.uint8(255), (width, height), interpolation=cv2.INTER_AREA) / np.float32(255), color)
         for m, color in items
         if m is not None and m.area
     ]
