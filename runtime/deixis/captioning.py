@@ -103,7 +103,7 @@ def decode_rules(pipeline: Pipeline, task: TaskSpec, options: DecodeOptions) -> 
 
 def _tokens(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt) -> PromptTokens:
     pipeline.require(task_name(prompt))
-    return prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts)
+    return pipeline.checked(prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts))
 
 
 def _decode(
@@ -151,7 +151,7 @@ def _stream_greedy(
     sequence = Decoded(
         np.array(spelling.ids, np.int64),
         np.array(log_probs[:count], np.float32),
-        np.array(locations, np.float32).reshape(count, -1, 2),
+        np.array(locations, np.float32).reshape(count, pipeline.manifest.location.points_per_token, 2),
         score,
         finished,
     )

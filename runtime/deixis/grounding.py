@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from deixis.batching import SceneFeatures, group_indices, pad_ids, pick
 from deixis.bundle import TaskSpec
-from deixis.caches import CrossCache
 from deixis.errors import EngineError, TextTooLongError
 from deixis.geometry import Geometry
 from deixis.masks import refer_mask, segment_mask
@@ -59,17 +58,19 @@ def trace_batch(pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequ
 def segment_batch(
     pipeline: Pipeline, scenes: Sequence[SceneFeatures], prompts: Sequence[Prompt], multimask: bool = False
 ) -> list[tuple[Segment, ...]]:
-    """Masks of each prompt:
+    """Masks of each prompt.
 
-    one, or with `multimask` SAM's alternatives, best first; the result is that of one at a time.
+    One, or with `multimask` SAM's alternatives, best first; the result is that of one at a time.
     """
     pipeline.require("segment")
-    tokens = [mask_tokens(prompt, scene.geometry) for scene, prompt in zip(scenes, prompts, strict=True)]
+    tokens = [
+        pipeline.checked(mask_tokens(prompt, scene.geometry)) for scene, prompt in zip(scenes, prompts, strict=True)
+    ]
     found: list[tuple[Segment, ...]] = [()] * len(prompts)
     for group in group_indices(len(t.labels) for t in tokens):
         for chunk in pipeline.chunks(pick(scenes, group)):
             rows = pick(group, chunk)
-            points, labels = stack_tokens(pick(tokens, rows), pipeline.range("P")[1])
+            points, labels = stack_tokens(pick(tokens, rows))
             logits, scores = pipeline.masks(pick(scenes, rows), points, labels)
             for row, maps, values in zip(rows, logits, scores, strict=True):
                 # Token 0 is for a single answer, the others are alternatives.
@@ -115,7 +116,8 @@ def _forced(
     """Visual prefix [N, Q, D], features [N, L, D] and locations [N, L, points, 2] of given ids over whole pictures."""
     whole = [prompt_tokens(Prompt(), scene.geometry, pipeline.manifest.prompts) for scene in scenes]
     prefix = pipeline.prefix(scenes, whole)
-    cross: CrossCache = pipeline.cross(prefix, [pipeline.context_ids(task, text) for text in texts])
+    contexts = [pipeline.context_ids(task, text) for text in texts]
+    cross = pipeline.cross(prefix, contexts, max(1, task.instruction_tokens))
     features, locations = pipeline.teacher_forced(cross, ids)
     return prefix, features, locations
 

@@ -114,15 +114,21 @@ class Pipeline:
             raise PromptError(f"{beams} beams are more than the bundle allows ({self.range('R')[1]})")
         return chunk_rows(scenes, rows, self.range("B")[1])
 
+    def checked(self, tokens: PromptTokens) -> PromptTokens:
+        """The tokens, or PromptError when they are more than the bundle takes."""
+        count, most = len(tokens.labels), self.range("P")[1]
+        if count > most:
+            raise PromptError(f"too many points: {count - 1}; this bundle takes at most {most - 1}")
+        return tokens
+
     def prefix(self, scenes: Sequence[SceneFeatures], prompts: Sequence[PromptTokens]) -> Floats:
         """Visual prefix [R, Q, D] of every (scene, prompt) pair.
 
         The extractor has no mask: equal token counts run together.
         """
         rows: list[Floats | None] = [None] * len(prompts)
-        most = self.range("P")[1]
         for group in group_indices(len(prompt.labels) for prompt in prompts):
-            points, labels = stack_tokens(pick(prompts, group), most)
+            points, labels = stack_tokens(pick(prompts, group))
             features, index = stack_scenes(pick(scenes, group), lambda scene: scene.fused)
             inputs = {"features": features, "image_index": index, "points": points, "labels": labels}
             outputs = self.engine.run("prompt_extractor", inputs)["visual_prefix"]
@@ -138,9 +144,13 @@ class Pipeline:
         ids = self.tokenizer.encode(instruction, "the instruction").ids if instruction.strip() else ()
         return [*ids, self.manifest.tokenizer.end_id][: task.instruction_tokens]
 
-    def cross(self, prefix: Floats, contexts: Sequence[Sequence[int]]) -> CrossCache:
-        """Run the text encoder: prefix [N, Q, D] and a context per row, padded to the longest (padding is masked)."""
-        inputs = {"visual_prefix": prefix, "context_ids": pad_ids(contexts)}
+    def cross(self, prefix: Floats, contexts: Sequence[Sequence[int]], length: int | None = None) -> CrossCache:
+        """Run the text encoder: prefix [N, Q, D] and a context per row, padded to `length`, or to the longest.
+
+        Padding is masked. Yet a teacher-forced pass needs a fixed length: its inactive positions attend evenly to all
+        of the encoder, padding included (section 7), and the mask adapter reads them.
+        """
+        inputs = {"visual_prefix": prefix, "context_ids": pad_ids(contexts, length)}
         outputs = self.engine.run("text_encoder", inputs)
         return CrossCache.from_outputs(outputs, self.manifest.caches.cross_cache.layers)
 
@@ -178,12 +188,6 @@ class Pipeline:
         return masks, scores  # type: ignore[return-value]
 
 
-def stack_tokens(prompts: Sequence[PromptTokens], most: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Points [R, P, 2] and labels [R, P] of prompts with equal token counts.
-
-    Raises PromptError beyond `most` tokens.
-    """
-    count = len(prompts[0].labels)
-    if count > most:
-        raise PromptError(f"too many points: {count - 1}; this bundle takes at most {most - 1}")
+def stack_tokens(prompts: Sequence[PromptTokens]) -> tuple[Floats, NDArray[np.int64]]:
+    """Points [R, P, 2] and labels [R, P] of prompts with equal token counts."""
     return np.stack([p.points for p in prompts]), np.stack([p.labels for p in prompts])

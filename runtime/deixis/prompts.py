@@ -36,9 +36,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """points [P, 2] float32 in pixels of the padded input, labels [P] int64; box:
+    """What the graphs take.
 
-    the clipped box in original pixels, or None.
+    points: [P, 2] float32, pixels of the padded input. labels: [P] int64. box: the clipped box in original pixels, or
+    None.
     """
 
     points: NDArray[np.float32]
@@ -59,9 +60,9 @@ def prompt_tokens(prompt: Prompt, geometry: Geometry, spec: PromptSpec) -> Promp
 
 
 def mask_tokens(prompt: Prompt, geometry: Geometry) -> PromptTokens:
-    """For the mask decoder:
+    """For the mask decoder.
 
-    a box is its two corners, n points have one padding point behind them. Raises PromptError.
+    A box is its two corners, n points have one padding point behind them. Raises PromptError.
     """
     if prompt.is_whole:
         raise PromptError("say what to segment: give a box or points")

@@ -50,9 +50,9 @@ def make_words(
     log_probs: Floats | None,
     geometry: Geometry,
 ) -> tuple[Word, ...]:
-    """Words with places from n pieces:
+    """Words with places, from n pieces.
 
-    locations [n, P, 2] relative to the valid picture, valid [n], log_probs [n] or None.
+    Locations [n, P, 2] relative to the valid picture, valid [n], log_probs [n] or None.
     """
     pixels = geometry.relative_to_original(locations)
     return tuple(_make_word(text, word, pixels, valid, log_probs) for word in words)
