@@ -26,6 +26,7 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 NEG = np.float32(-1e7)  # keeps a hypothesis out of the live or the finished set
+_BLOCK = 64  # values whose maximum is taken together in the search for the largest
 REPEAT_CEILING = np.float32(-1e4)  # the logit of the previous id is lowered to this at most
 
 
@@ -247,9 +248,14 @@ def _top(values: Floats, count: int) -> tuple[Floats, Ids]:
     Ties decide, so the order is exact.
     """
     count = min(count, values.shape[1])
-    smallest = np.partition(values, values.shape[1] - count, axis=1)[:, values.shape[1] - count]
+    # A cheap bound first: `count` blocks have maxima of at least `least`, so that many values reach it. Few others do.
+    blocks = np.maximum.reduceat(values, np.arange(0, values.shape[1], _BLOCK), axis=1)
+    if blocks.shape[1] < count:
+        blocks = values
+    cut = blocks.shape[1] - count
+    bounds = np.partition(blocks, cut, axis=1)[:, cut]
     indices = np.empty((len(values), count), np.int64)
-    for row, (line, least) in enumerate(zip(values, smallest, strict=True)):
+    for row, (line, least) in enumerate(zip(values, bounds, strict=True)):
         near = np.flatnonzero(~(line < least))  # ascending; a stable sort keeps that order among equals
         indices[row] = near[np.argsort(-line[near], kind="stable")[:count]]
     return np.take_along_axis(values, indices, axis=1), indices

@@ -1,6 +1,6 @@
-"""The caches:
+"""The caches.
 
-reorder and rewind on arrays, and the real decoder step in place against the same without sharing buffers.
+Reorder and rewind on arrays, and the real decoder step in place against the same without sharing buffers.
 """
 
 from __future__ import annotations

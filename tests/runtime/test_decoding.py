@@ -10,6 +10,7 @@ import pytest
 from deixis.decoding import (
     NEG,
     DecodeRules,
+    _top,
     beam_search,
     collect_beams,
     greedy,
@@ -150,6 +151,15 @@ def test_top_of_ties_takes_the_lowest_index_first() -> None:
     found = beam_search(TableDecoder(table, offsets, 2), 1, DecodeRules(6, 0, 1, 2, 1), never)
     assert found.tokens[0, -1, 1] == 1  # of five equal tokens 0 and 1 are looked at; 1 ends at once
     assert found.scores[0, 0] > NEG
+
+
+@pytest.mark.parametrize(("width", "count"), [(5, 9), (64, 3), (1000, 8), (1000, 200)])
+def test_top_is_a_stable_sort(width: int, count: int) -> None:
+    values = np.random.default_rng(width).integers(0, 40, (6, width)).astype(np.float32)  # many ties
+    found, indices = _top(values, count)
+    expected = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(indices, expected)
+    assert np.array_equal(found, np.take_along_axis(values, expected, axis=1))
 
 
 def test_deadline_and_cancel_stop_between_steps() -> None:

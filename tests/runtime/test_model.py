@@ -1,6 +1,6 @@
-"""The runtime on onnxruntime and the tiny bundle:
+"""The runtime on onnxruntime and the tiny bundle.
 
-tasks end to end, batches, streams, engines, memory, broken bundles.
+Tasks end to end, batches, streams, engines, memory, broken bundles.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def test_names_of_bundles(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("DEIXIS_MODELS", os.pathsep.join([str(tmp_path / "none"), str(tmp_path)]))
     assert find_bundle("mine") == tmp_path / "mine"
     monkeypatch.delenv("DEIXIS_MODELS")
-    with pytest.raises(BundleNotFoundError, match="no bundle named 'mine'.*DEIXIS_MODELS"):
+    with pytest.raises(BundleNotFoundError, match=r"no bundle named 'mine'.*DEIXIS_MODELS"):
         find_bundle("mine")
     monkeypatch.chdir(tmp_path)
     assert find_bundle("mine") == Path("mine")

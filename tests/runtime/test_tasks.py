@@ -286,10 +286,10 @@ def test_bad_texts(model: Model, text: str, message: str) -> None:
 
 def test_texts_that_are_too_long(model: Model) -> None:
     scene = model.encode(make_picture(20, 30, 1))
-    with pytest.raises(TextTooLongError, match="6 tokens, .* at most 5"):
+    with pytest.raises(TextTooLongError, match=r"6 tokens, .* at most 5"):
         scene.refer("the red mug on the table")  # the instruction would lose its end
     scene.trace("the red mug on the table")
-    with pytest.raises(TextTooLongError, match="13 tokens, .* at most 12"):
+    with pytest.raises(TextTooLongError, match=r"13 tokens, .* at most 12"):
         scene.trace(" ".join(["mug"] * 13))
 
 
