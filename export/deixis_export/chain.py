@@ -1,62 +1,65 @@
 """The whole road through the exported graphs: picture, prompt, text, caption and its locations, box, mask.
 
-The graphs run on onnxruntime and the search is the runtime's own (`deixis.decoding`), so that what is compared with the PyTorch model
-is what a user gets. The arrays at both ends are those of the model: padded pictures, points of the padded input.
+The graphs run in the runtime itself, search included, so that what is compared with the PyTorch model is what a user
+gets. The arrays at both ends are those of the model: padded pictures, points of the padded input.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 
+import deixis
 import numpy as np
 import torch
-from deixis.bundle import Bundle, ParityRecord
+from deixis.bundle import ParityRecord
+from deixis.caches import CrossCache
 from deixis.decoding import Beams, Decoded, DecodeRules, beam_search, greedy
+from deixis.pipeline import Pipeline
 from deixis_train.models import decoding as reference
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corners, pixelllm_prompt
 from torch import Tensor
 
 from deixis_export.cases import example_picture
-from deixis_export.session import Arrays, GraphSession, relative_error
+from deixis_export.session import Arrays, relative_error
 
-LOCATION_TOLERANCE = 2e-3  # continuous values at the end of the chain
+CHAIN_TOLERANCE = 2e-3  # continuous values at the end of the chain
 EXACT = 0.0
 CHAIN_LENGTH = 16  # of the captions compared at export
-INT8_IDS_TOLERANCE = 1.0  # recorded only: one flipped word changes all that follow
-
-
-@dataclass(frozen=True)
-class TextState:
-    """Cross caches of N prompts, by the logical names of the graphs, with `encoder_mask`."""
-
-    cross: Arrays
-
-    @property
-    def prompts(self) -> int:
-        return len(self.cross["encoder_mask"])
+INT8_TOLERANCE = 1.0  # recorded only: one flipped word changes all that follow
 
 
 class GraphChain:
-    """The graphs of a bundle, in the order of a request.
+    """A bundle in the runtime, driven with arrays. A context manager; graphs are loaded when they are first needed."""
 
-    `keep` leaves sessions open between calls; otherwise each is closed after use, and only one graph is in memory at a time.
-    """
+    def __init__(self, bundle: Path) -> None:
+        self._path = bundle
+        self._model: deixis.Model | None = None
 
-    def __init__(self, bundle: Bundle, keep: bool = False) -> None:
-        self.bundle = bundle
-        self._keep = keep
-        self._sessions: dict[str, GraphSession] = {}
+    def __enter__(self) -> GraphChain:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        if self._model is None:
+            self._model = deixis.load(self._path, device="cpu", verify=False)
+        return self._model.pipeline
+
+    def release(self) -> None:
+        """Free the graphs loaded so far; large ones need not all be in memory at once."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
 
     def run(self, role: str, inputs: Arrays) -> Arrays:
         """Run one graph."""
-        session = self._sessions.get(role) or GraphSession(self.bundle.file(self.bundle.manifest.graphs[role].file))
-        if self._keep:
-            self._sessions[role] = session
-        return session.run(inputs)
-
-    def close(self) -> None:
-        self._sessions.clear()
+        return self.pipeline.engine.run(role, inputs)
 
     def encode(self, image: np.ndarray, valid_hw: np.ndarray) -> Arrays:
         """Padded pictures [B, S, S, 3] 0..255 and real (height, width) [B, 2] -> `features` and `sam`."""
@@ -71,67 +74,57 @@ class GraphChain:
         inputs = {"features": features, "image_index": image_index, "points": points, "labels": labels}
         return self.run("prompt_extractor", inputs)["visual_prefix"]
 
-    def encode_text(self, visual: np.ndarray, context: np.ndarray | None) -> TextState:
-        """context [N, C], 0 = padding; None is one masked place, which changes nothing."""
-        ids = np.zeros((len(visual), 1), np.int64) if context is None else context.astype(np.int64)
-        return TextState(self.run("text_encoder", {"visual_prefix": visual, "context_ids": ids}))
+    def encode_text(self, visual: np.ndarray, context: np.ndarray | None) -> CrossCache:
+        """context [N, C], 0 = padding; None leaves it out (C = 0: positions without meaning differ otherwise)."""
+        ids = np.zeros((len(visual), 0), np.int64) if context is None else context.astype(np.int64)
+        outputs = self.run("text_encoder", {"visual_prefix": visual, "context_ids": ids})
+        return CrossCache.from_outputs(outputs, self.pipeline.manifest.caches.cross_cache.layers)
 
-    def generate(self, state: TextState, rules: DecodeRules) -> list[Decoded] | Beams:
+    def generate(self, cross: CrossCache, rules: DecodeRules) -> list[Decoded] | Beams:
         """Greedy for one beam, beam search for more."""
-        decoder = _Stepper(self, state, rules)
+        decoder = self.pipeline.decoder(cross, rules.beams, rules.length)
         if rules.beams == 1:
-            return greedy(decoder, state.prompts, rules, lambda: None)
-        return beam_search(decoder, state.prompts, rules, lambda: None)
+            return greedy(decoder, cross.rows, rules, _go_on)
+        return beam_search(decoder, cross.rows, rules, _go_on)
 
-    def text_pass(self, state: TextState, ids: np.ndarray) -> Arrays:
+    def text_pass(self, cross: CrossCache, ids: np.ndarray) -> Arrays:
         """Teacher-forced `features` and `locations` of given ids [N, L]."""
-        return self.run("decoder_pass", {"ids": ids.astype(np.int64), **state.cross})
+        return self.run("decoder_pass", {"ids": ids.astype(np.int64), **cross.inputs()})
 
     def masks(
         self, sam: np.ndarray, image_index: np.ndarray, boxes: np.ndarray, visual: np.ndarray, features: np.ndarray
     ) -> Arrays:
-        """`masks` [R, 4, 4h, 4h] and `iou` [R, 4] of boxes [R, 4], through the mask adapter where there is one."""
+        """`masks` [R, 4, 4h, 4w] and `iou` [R, 4] of boxes [R, 4], through the mask adapter where there is one."""
         points, labels = (tensor.numpy() for tensor in corners(torch.from_numpy(boxes)))
-        if "mask_adapter" in self.bundle.manifest.graphs:
-            delta = self.run("mask_adapter", {"visual_prefix": visual, "features": features})["prompt_delta"]
-        else:
-            delta = np.zeros((*points.shape[:2], self.bundle.manifest.mask.prompt_width), np.float32)
+        delta = self.pipeline.prompt_delta(visual, features)
+        if delta is None:
+            delta = np.zeros((*labels.shape, self.pipeline.manifest.mask.prompt_width), np.float32)
         inputs = {"sam": sam, "image_index": image_index, "points": points, "labels": labels, "prompt_delta": delta}
         return self.run("mask_decoder", inputs)
 
 
-class _Stepper:
-    """The decoder-step graph as the runtime's search wants it."""
+def _go_on() -> None:
+    """No deadline and no cancelling."""
 
-    def __init__(self, chain: GraphChain, state: TextState, rules: DecodeRules) -> None:
-        spec = chain.bundle.manifest.caches.self_cache
-        shape = (state.prompts * rules.beams, spec.heads, rules.length, spec.head_dim)
-        parts = [f"self_{part}" for part in ("key", "value")]
-        self._cache = {f"{part}.{i}": np.zeros(shape, np.float32) for i in range(spec.layers) for part in parts}
-        self._cross = state.cross
-        self._session = GraphSession(chain.bundle.file(chain.bundle.manifest.graphs["decoder_step"].file))
-        self._position = 0
 
-    def step(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        position = np.array([self._position])
-        out = self._session.run({"ids": ids[:, None], "position": position, **self._cross, **self._cache})
-        self._cache = {name: out[name.replace(".", "_out.")] for name in self._cache}
-        self._position += 1
-        locations = out["locations"][:, 0] if "locations" in out else np.zeros((len(ids), 0, 2), np.float32)
-        return out["logits"], locations
-
-    def reorder(self, rows: np.ndarray) -> None:
-        self._cache = {name: value[rows] for name, value in self._cache.items()}
+def greedy_tokens(decoded: list[Decoded], rules: DecodeRules) -> np.ndarray:
+    """Greedy captions as id arrays [N, L]: BOS, the ids, EOS behind them (section 11)."""
+    tokens = np.full((len(decoded), rules.length), rules.end_id, np.int64)
+    tokens[:, 0] = rules.begin_id
+    for row, caption in enumerate(decoded):
+        tokens[row, 1 : 1 + len(caption.ids)] = caption.ids
+    return tokens
 
 
 @torch.no_grad()
-def chain_parity(model: PixelLLM, bundle: Bundle, precision: str, seed: int) -> dict[str, ParityRecord]:
-    """Compare a request through the bundle with the same request through the PyTorch model (whose weights the bundle holds).
+def chain_parity(model: PixelLLM, bundle: Path, precision: str, seed: int) -> dict[str, ParityRecord]:
+    """Compare a request through the bundle with the same request through the PyTorch model of the same weights.
 
-    Two pictures, a box each, one instruction: greedy ids, locations of the words, locations of a teacher-forced text, masks.
+    Two pictures, a box each, one instruction: greedy ids, features and locations of a teacher-forced text, masks.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     length = max(4, min(config.max_caption_length, CHAIN_LENGTH))
+    rules = DecodeRules(length, config.begin_token_id, config.end_token_id)
     image, valid = example_picture(config.image_size, 2, seed + 2)
     index = torch.arange(2)
     boxes = torch.tensor([[0.1, 0.1, 0.6, 0.5], [0.0, 0.2, 0.5, 0.7]]) * config.image_size
@@ -153,38 +146,34 @@ def chain_parity(model: PixelLLM, bundle: Bundle, precision: str, seed: int) -> 
     tokens, _ = reference.greedy(logits_at, begin, config.end_token_id)
     _, features = model.text.decode(words, None, mask, cross=cross, with_logits=False)
 
-    chain = GraphChain(bundle)
-    maps = chain.encode(image.numpy(), valid.numpy())
-    prefix = chain.extract(maps["features"], index.numpy(), points.numpy(), labels.numpy())
-    state = chain.encode_text(prefix, context.numpy())
-    decoded = chain.generate(state, DecodeRules(length, config.begin_token_id, config.end_token_id))
-    assert isinstance(decoded, list)
-    ids = np.full(tokens.shape, config.end_token_id, np.int64)
-    ids[:, 0] = config.begin_token_id
-    for row, caption in enumerate(decoded):
-        ids[row, 1 : 1 + len(caption.ids)] = caption.ids
-    passed = chain.text_pass(state, words.numpy())
-
     int8 = precision == "int8"
-    loose = None if not int8 else 1.0
-    records = {
-        "chain/greedy_ids": ParityRecord(
-            float(np.mean(ids != tokens.numpy())),
-            INT8_IDS_TOLERANCE if int8 else EXACT,
-            "torch, share of ids that differ",
-        ),
-        "chain/pass_features": _record(passed["features"], features, loose),
-    }
-    if model.point_predictor is not None:
-        records["chain/pass_locations"] = _record(passed["locations"], model.locate(features), loose)
-    if model.mask_decoder is not None:
-        wanted, iou = model.mask(scene.sam, index, boxes, visual, features)
-        out = chain.masks(maps["sam"], index.numpy(), boxes.numpy(), prefix, passed["features"])
-        records["chain/masks"] = _record(out["masks"][:, 0], wanted, loose)
-        records["chain/iou"] = _record(out["iou"][:, 0], iou, loose)
+    tolerance = INT8_TOLERANCE if int8 else CHAIN_TOLERANCE
+
+    def record(actual: np.ndarray, expected: Tensor) -> ParityRecord:
+        error = relative_error({"x": actual}, {"x": expected.numpy()})
+        return ParityRecord(error, tolerance, "torch with the same weights")
+
+    records: dict[str, ParityRecord] = {}
+    with GraphChain(bundle) as chain:
+        maps = chain.encode(image.numpy(), valid.numpy())
+        prefix = chain.extract(maps["features"], index.numpy(), points.numpy(), labels.numpy())
+        chain.release()
+        state = chain.encode_text(prefix, context.numpy())
+        if model.point_predictor is not None:  # the runtime's captions have a place for every word
+            decoded = chain.generate(state, rules)
+            assert isinstance(decoded, list)
+            differing = float(np.mean(greedy_tokens(decoded, rules) != tokens.numpy()))
+            allowed = INT8_TOLERANCE if int8 else EXACT
+            records["chain/greedy_ids"] = ParityRecord(differing, allowed, "torch, share of ids that differ")
+        chain.release()
+        passed = chain.text_pass(state, words.numpy())
+        records["chain/pass_features"] = record(passed["features"], features)
+        if model.point_predictor is not None:
+            records["chain/pass_locations"] = record(passed["locations"], model.locate(features))
+        chain.release()
+        if model.mask_decoder is not None:
+            wanted, iou = model.mask(scene.sam, index, boxes, visual, features)
+            out = chain.masks(maps["sam"], index.numpy(), boxes.numpy(), prefix, passed["features"])
+            records["chain/masks"] = record(out["masks"][:, 0], wanted)
+            records["chain/iou"] = record(out["iou"][:, 0], iou)
     return records
-
-
-def _record(actual: np.ndarray, expected: Tensor, tolerance: float | None) -> ParityRecord:
-    error = relative_error({"x": actual}, {"x": expected.numpy()})
-    return ParityRecord(error, tolerance or LOCATION_TOLERANCE, "torch with the same weights")

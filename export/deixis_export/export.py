@@ -119,7 +119,7 @@ def export_bundle(
                 licence=options.licence,
             )
             write_manifest(work, manifest)
-            records = chain_parity(model, open_bundle(work, verify_hashes=False), options.precision, options.seed)
+            records = chain_parity(model, work, options.precision, options.seed)
             for name, record in records.items():
                 _require(name, record)
             parity.records.update(records)
