@@ -316,12 +316,14 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(json_values)
 def test_random_json_raises_only_bundle_errors(value: object) -> None:
     with pytest.raises(BundleError):
         b.parse_manifest(json.dumps(value).encode("utf-8", "surrogatepass"))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_only_bundle_errors(data: bytes) -> None:
     with pytest.raises(BundleError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from deixis.geometry import Geometry, fit_inside
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm" / "data_prep.npz"
@@ -26,6 +26,7 @@ def test_golden_sizes() -> None:
         assert fit_inside(original, 300) == (int(row[4]), int(row[5]))
 
 
+@settings(deadline=None)
 @given(sides, sides, sizes)
 def test_fits_and_keeps_the_aspect(height: int, width: int, size: int) -> None:
     valid = fit_inside((height, width), size)
@@ -43,6 +44,7 @@ def test_fits_and_keeps_the_aspect(height: int, width: int, size: int) -> None:
         assert min(exact_long, size) - 1 - Fraction(1, 1000) <= long <= min(exact_long, size) + Fraction(1, 1000)
 
 
+@settings(deadline=None)
 @given(sides, sides, sizes)
 def test_equals_the_exact_rule_away_from_whole_numbers(height: int, width: int, size: int) -> None:
     shortest, longest = sorted((height, width))
@@ -77,6 +79,7 @@ def test_no_area() -> None:
         fit_inside((0, 10), 384)
 
 
+@settings(deadline=None)
 @given(sides, sides, sizes, st.lists(st.tuples(st.floats(-2, 3), st.floats(-2, 3)), min_size=1, max_size=5))
 def test_points_there_and_back(height: int, width: int, size: int, relative: list[tuple[float, float]]) -> None:
     geometry = Geometry.of((height, width), size)
@@ -89,6 +92,7 @@ def test_points_there_and_back(height: int, width: int, size: int, relative: lis
         assert v == pytest.approx(float(Fraction(y) * geometry.valid[0] / height), rel=1e-12, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(sides, sides, sizes)
 def test_corners_meet(height: int, width: int, size: int) -> None:
     geometry = Geometry.of((height, width), size)

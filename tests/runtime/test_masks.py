@@ -19,6 +19,7 @@ def coco():
     return pytest.importorskip("pycocotools.mask", reason="pycocotools is the independent coder to compare with")
 
 
+@settings(deadline=None)
 @given(hnp.arrays(bool, shapes))
 def test_equals_pycocotools(array: np.ndarray) -> None:
     expected = coco().encode(np.asfortranarray(array.astype(np.uint8)))
@@ -49,11 +50,13 @@ def test_one_colour(value: bool) -> None:
     assert mask.box == ((0.0, 0.0, 5.0, 3.0) if value else None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
 def test_counts_there_and_back(counts: list[int]) -> None:
     np.testing.assert_array_equal(unpack_counts(pack_counts(np.array(counts, np.int64))), counts)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), shapes)
 def test_damaged_counts_raise_value_error(text: str, size: tuple[int, int]) -> None:
     try:
@@ -92,7 +95,7 @@ def test_mask_is_read_only_and_wants_two_dimensions() -> None:
         Mask.from_array(np.ones((2, 2, 1)))
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**16))
 def test_refer_mask_crops_then_resizes_once(height: int, width: int, seed: int) -> None:
     geometry = Geometry.of((height, width), 384)
