@@ -82,7 +82,7 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
     index = torch.arange(rows) % sizes.B
     points = torch.floor(torch.rand(rows, sizes.P, 2, generator=generator) * side)
     kinds = [[2, 3] + [-2] * (sizes.P - 2), [1] * (sizes.P - 1) + [-1], [0, 1] * (sizes.P // 2) + [-1] * (sizes.P % 2)]
-    labels = torch.tensor([kinds[i % 3] for i in range(rows)])
+    labels = torch.tensor([kinds[i % 3][: sizes.P] for i in range(rows)])
     features = _compact(torch.cat([maps["semantic"], maps["sam_on_grid"]], dim=-1))
     cases["prompt_extractor"] = {"features": features, "image_index": index, "points": points, "labels": labels}
     prefix = _compact(run("prompt_extractor")["visual_prefix"])

@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how weights are stored; fp16 is computed in fp32 on a CPU (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--frozen", metavar="FILE", type=Path, help="file with the parts that the checkpoint leaves out")
+    parser.add_argument(
+        "--frozen", metavar="FILE", type=Path, help="file with the parts that the checkpoint leaves out"
+    )
     parser.add_argument("--licence", default="Apache-2.0", help="stated in the manifest (default: %(default)s)")
     parser.add_argument("--preset", metavar="NAME", help="with --random: the sizes of a model that needs no checkpoint")
     parser.add_argument("--random", action="store_true", help="random weights, for benchmarks and tests")

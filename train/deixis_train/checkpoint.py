@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from deixis.bundle import write_bundle
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,6 +91,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: unknown parts in `omit`, or parts omitted without `frozen_from`.
+        FileExistsError: the directory holds something that is no checkpoint.
         OverflowError: a weight that fp16 cannot hold.
     """
     unknown = [part for part in omit if getattr(model, part, None) is None]
@@ -121,7 +124,7 @@ def save_checkpoint(
             "sha256": _sha256(source),
             "bytes": source.stat().st_size,
         }
-    with write_bundle(target, force=True) as work:
+    with _replacing(target) as work:
         save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
         (work / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         for name, text in texts.items():
@@ -168,6 +171,31 @@ def load_checkpoint(directory: str | os.PathLike[str], frozen_from: str | os.Pat
         f"{root.resolve().name} (sha256 {_sha256(root / WEIGHTS)})",
         source,
     )
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` to fill; it takes that name when the block ends well.
+
+    Raises FileExistsError when `target` holds something that is no checkpoint.
+    """
+    if target.exists() and not (target / CONFIG).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not a checkpoint, so it is not replaced; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.replace(old / target.name)
+            work.replace(target)
+            shutil.rmtree(old)
+        else:
+            work.replace(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _stored(name: str, value: Tensor, dtype: Dtype) -> Tensor:

@@ -27,7 +27,10 @@ def open_backend(model: PixelLLM) -> Iterator[OnnxBackend]:
         bundle = Path(folder) / "bundle"
         # The export folds weights in place; the caller's model stays as it was. Text never comes in, so any tokenizer does.
         export_bundle(
-            copy.deepcopy(model), bundle, tokenizer_json=random_tokenizer(model.config.t5.vocab), options=ExportOptions()
+            copy.deepcopy(model),
+            bundle,
+            tokenizer_json=random_tokenizer(model.config.t5.vocab),
+            options=ExportOptions(),
         )
         with GraphChain(bundle) as chain:
             yield OnnxBackend(chain)
@@ -107,6 +110,4 @@ class _Synthetic:
 
 
 def _rules(decoding: Decoding, length: int) -> DecodeRules:
-    return DecodeRules(
-        length, decoding.begin_id, decoding.end_id, decoding.beams, decoding.per_node, decoding.alpha
-    )
+    return DecodeRules(length, decoding.begin_id, decoding.end_id, decoding.beams, decoding.per_node, decoding.alpha)
