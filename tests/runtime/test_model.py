@@ -5,8 +5,8 @@ Tasks end to end, batches, streams, engines, memory, broken bundles.
 
 from __future__ import annotations
 
-import gc
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -166,12 +166,20 @@ def test_close_gives_memory_back(tiny_bundle: Path) -> None:
 
     for _ in range(3):
         once()
-    gc.collect()
     before = process.memory_info().rss
     for _ in range(10):
         once()
-    gc.collect()
-    assert process.memory_info().rss - before < 8e6  # one open model holds more than that
+    assert process.memory_info().rss - before < 5e6
+
+    models = [deixis.load(tiny_bundle, "cpu", threads=1, verify=False) for _ in range(5)]
+    for model in models:
+        model.warmup()
+    held = process.memory_info().rss - before
+    for model in models:
+        model.close()
+    assert held > 20e6
+    if platform.libc_ver()[0] == "glibc":  # elsewhere the C library decides when to give back small blocks
+        assert process.memory_info().rss - before < held / 4
 
 
 def test_devices_are_used_or_refused(tiny_bundle: Path) -> None:

@@ -28,7 +28,8 @@ class OrtEngine:
 
     threads: of one graph run; None leaves the number to onnxruntime (one per physical core). Idle threads sleep instead
     of
-    spinning: between the many short runs of decoding a spinning pool takes a core from everybody else and gains little.
+    spinning: decoding is many short runs, and a spinning pool takes cores from everybody else. Measured on two busy
+    cores (36 small products, 2 threads): 10.8 ms asleep, 16.7 ms spinning, and 5.5 against 8.5 ms of processor time.
     """
 
     def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
