@@ -223,11 +223,13 @@ class Model:
         return [scenes[key] for key in keys] if many else scenes[keys[0]]
 
     def caption_batch(
-        self, items: Sequence[tuple[Scene, Prompt]], options: DecodeOptions | None = None
+        self, items: Sequence[tuple[Scene, Prompt | None]], options: DecodeOptions | None = None
     ) -> list[Caption]:
         """`Scene.caption` for many (scene, prompt) pairs at once; the results are those of one at a time."""
         scenes = self._features(items)
-        return captioning.caption_batch(self.pipeline, scenes, [p for _, p in items], options or DecodeOptions())
+        return captioning.caption_batch(
+            self.pipeline, scenes, [prompt or Prompt() for _, prompt in items], options or DecodeOptions()
+        )
 
     def stream_caption(
         self, scene: Scene, prompt: Prompt | None = None, options: DecodeOptions | None = None

@@ -105,6 +105,23 @@ def test_given_texts_in_a_batch_equal_one_by_one(tiny_model: deixis.Model) -> No
         assert (found.mask.array != alone.mask.array).mean() < 1e-3
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (128, 128)])
+def test_any_shape_of_picture(tiny_model: deixis.Model, size: tuple[int, int]) -> None:
+    scene = tiny_model.encode(make_picture(*size, seed=4))
+    height, width = size
+    assert scene.size == size
+    assert scene.caption(box=(0, 0, width, height)).box == (0, 0, width, height)
+    left, top, right, bottom = scene.refer("mug").box
+    assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+    assert scene.segment(points=[(width / 2, height / 2)]).mask.array.shape == size
+    assert tiny_model.caption_batch([(scene, None)])[0] == scene.caption()
+
+
+def test_empty_batches(tiny_model: deixis.Model) -> None:
+    assert tiny_model.encode([]) == [] and tiny_model.caption_batch([]) == [] and tiny_model.refer_batch([]) == []
+    assert tiny_model.trace_batch([]) == [] and tiny_model.segment_batch([]) == []
+
+
 def test_a_caption_and_its_trace_agree(tiny_model: deixis.Model) -> None:
     """The places read while generating are those of the same words given (instructions of both tasks are the same)."""
     tasks = tiny_model.manifest.tasks
