@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deixis_train.loaders.mobile_sam import load_mobile_sam
+from deixis_train.loaders.real_weights import default_cache
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.loaders.sam import load_sam
 from deixis_train.models.config import PixelLLMConfig, SamVitConfig
@@ -253,7 +254,7 @@ def _fill_frozen(model: PixelLLM, parts: tuple[str, ...], root: Path, source: Fr
     unknown = [part for part in parts if getattr(model, part, None) is None]
     if unknown:
         raise CheckpointError(f"{root / CONFIG}: omits {unknown[0]}, which the model does not have")
-    cache = Path(os.environ.get("DEIXIS_CACHE", Path.home() / ".cache" / "deixis"))
+    cache = default_cache()
     places = [given] if given is not None else [root / source.file, cache / source.file]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
