@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.models.config import PRESETS
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.tiny_vit import TinyVit
+from deixis_train.tabletop.cells import Names
 from deixis_train.tabletop.rows import CAPTION, REFER, REGION
 from deixis_train.tabletop.scenes import (
     batches,
@@ -26,7 +26,7 @@ from deixis_train.tabletop.scenes import (
 )
 from deixis_train.tabletop.tokenizer import build_tokenizer
 from deixis_train.tabletop.train import train
-from deixis_train.tabletop.warmup import Names, warm_up
+from deixis_train.tabletop.warmup import warm_up
 
 
 def words_of(scene: dict) -> set[str]:
@@ -45,7 +45,7 @@ def load_tokenizer(data: Path, out: Path, size: int) -> Tokenizer:
         tokenizer = build_tokenizer({w for w in words if w.isalpha()}, size)
         temporary = path.with_suffix(".tmp")
         tokenizer.save(str(temporary))
-        os.replace(temporary, path)
+        temporary.replace(path)
     return Tokenizer.from_file(str(path))
 
 
@@ -119,7 +119,7 @@ def main() -> None:
                 prepare_semantic(model, cache, shard)
         tokenizer = load_tokenizer(folders[1], out, model.config.t5.vocab)
         pairs = list(zip(folders, caches, strict=True))
-        train(model, tokenizer, pairs[1], pairs[0], out, steps=options.steps)
+        train(model, tokenizer, pairs[1], pairs[0], out, class_names(folders[0]), steps=options.steps)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from deixis_train.tabletop.cells import CellTargets, Names
 from deixis_train.tabletop.scenes import read_shard, shards
 from deixis_train.tabletop.tokenizer import END, PAD, encode_words
 
@@ -23,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence. `boxes` holds a box per token (fractions of the real picture) or None; `thing` is the object meant."""
+    """One sequence. `boxes`: a box per token (fractions of the real picture) or None. `thing`: the object meant."""
 
     task: str  # "caption", "region" or "refer"
     context: list[int]
@@ -73,14 +74,16 @@ def scene_rows(scene: dict[str, Any], tokenizer: Tokenizer) -> SceneRows:
 class SceneData:
     """Scenes with cached features: the input of stage 3."""
 
-    def __init__(self, data: Path, cache: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, data: Path, cache: Path, tokenizer: Tokenizer, names: Names) -> None:
         paths = [p for p in shards(data) if all((cache / f"{p.stem}.{n}.npy").exists() for n in ("sam", "semantic"))]
         if not paths:
             raise ValueError(f"{cache} has no features of the scenes in {data}; run the stages before this one")
-        self.scenes = [scene_rows(scene, tokenizer) for p in paths for scene in read_shard(p)]
+        scenes = [scene for p in paths for scene in read_shard(p)]
+        self.scenes = [scene_rows(scene, tokenizer) for scene in scenes]
         self.semantic = np.concatenate([np.load(cache / f"{p.stem}.semantic.npy") for p in paths])
         self.sam = np.concatenate([np.load(cache / f"{p.stem}.sam.npy") for p in paths])
         self.owner = np.concatenate([np.load(cache / f"{p.stem}.owner.npy") for p in paths])
+        self.cells = CellTargets(scenes, self.owner, names)
 
     def __len__(self) -> int:
         return len(self.scenes)

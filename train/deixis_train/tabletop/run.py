@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ def cosine(step: int, total: int, base: float, warmup: int) -> float:
 
 
 class Stage:
-    """State of one stage on disk: modules, optimizer and step, written together under a temporary name, then renamed."""
+    """State of one stage on disk: modules, optimizer and step, written under a temporary name, then renamed."""
 
     def __init__(self, out: Path, name: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         self.path, self.log_path = out / f"{name}.pt", out / f"{name}.log.jsonl"
@@ -42,7 +41,7 @@ class Stage:
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         temporary = self.path.with_suffix(".tmp")
         torch.save({"modules": modules, "optimizer": self.optimizer.state_dict(), "step": step}, temporary)
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
     def report(self, step: int, total: int, values: dict[str, Any]) -> None:
         """One progress line: step, rate, time left, values. The same goes to `<stage>.log.jsonl`."""

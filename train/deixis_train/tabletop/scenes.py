@@ -1,9 +1,8 @@
-"""What the stages need of rendered scenes: pictures, frozen features and targets, as arrays on disk, one set a shard."""
+"""What the stages need of rendered scenes: pictures, frozen features and targets, as arrays on disk per shard."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -88,7 +87,7 @@ def batches(count: int, size: int) -> Iterator[slice]:
 
 @torch.inference_mode()
 def prepare_pictures(model: PixelLLM, data: Path, cache: Path, shard: Path) -> None:
-    """Write `<shard>.small.npy` (semantic encoder input, uint8) and `<shard>.owner.npy` (cell owners) unless they are there."""
+    """Write `<shard>.small.npy` (semantic encoder input, uint8) and `<shard>.owner.npy`, unless they are there."""
     targets = [cache / f"{shard.stem}.{name}.npy" for name in ("small", "owner")]
     if all(path.exists() for path in targets):
         return

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import pixelllm_prompt
+from deixis_train.tabletop.cells import CellHeads, Names, cell_figures, cell_losses
 from deixis_train.tabletop.losses import box_loss, iou
 from deixis_train.tabletop.rows import Row, SceneData, decoder_arrays, pad_ids
 from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
@@ -33,6 +34,8 @@ class Batch:
     rows: list[Row]
     prompt: Tensor  # [R]
     target_cells: Tensor  # [R, g * g], 1 where the object meant owns the cell
+    occupied: Tensor  # [B, g, g] and
+    cell_targets: Tensor  # [B, g, g, 6], see `CellTargets`
 
 
 def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cell_px: int) -> Batch:
@@ -63,6 +66,7 @@ def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cel
         rows,
         torch.tensor(prompt),
         torch.from_numpy(np.stack(cells)).flatten(1).float(),
+        *(torch.from_numpy(array) for array in data.cells[index]),
     )
 
 
@@ -89,8 +93,16 @@ def _jitter(box: tuple[float, ...], width: int, height: int, rng: np.random.Gene
     return tuple(float(v) for v in np.clip(moved, 0, [width, height, width, height]))
 
 
-def run_rows(model: PixelLLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Encoded visual tokens [R, Q, E], logits [R, L, V], locations [R, L, 4], and `decoder_arrays` of the rows."""
+@dataclass
+class Outputs:
+    prefix: Tensor  # visual prefixes of the whole pictures [B, Q, E]
+    encoded: Tensor  # visual tokens behind the text encoder [R, Q, E]
+    logits: Tensor  # [R, L, V]
+    locations: Tensor  # [R, L, 4]
+
+
+def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
+    """Run the rows, teacher-forced on `ids` [R, L]."""
     pictures = torch.arange(len(batch.whole))
     prefix = model.extract_prompt(batch.features, pictures, *pixelllm_prompt(batch.whole, 1.0))
     if len(batch.region_points):
@@ -98,39 +110,53 @@ def run_rows(model: PixelLLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Ten
         prefix = torch.cat([prefix, region])
     visual = prefix[batch.prompt]
     encoded, valid = model.text.encode(visual, pad_ids([row.context for row in batch.rows]))
-    ids, boxes, has_box = decoder_arrays(batch.rows)
     logits, features = model.text.decode(ids, encoded, valid)
     assert logits is not None
-    return encoded[:, : visual.shape[1]], logits, model.locate(features).flatten(-2), ids, boxes, has_box
+    with torch.autocast("cpu", enabled=False):  # bfloat16 is too coarse for places
+        locations = model.locate(features.float()).flatten(-2)
+    return Outputs(prefix[: len(batch.whole)], encoded[:, : visual.shape[1]], logits.float(), locations)
 
 
-def losses(model: PixelLLM, matcher: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-    encoded, logits, locations, ids, boxes, has_box = run_rows(model, batch)
+class Helpers(nn.Module):
+    """Read-outs that only help to learn; they are thrown away afterwards."""
+
+    def __init__(self, width: int, names: Names) -> None:
+        super().__init__()
+        self.matcher = nn.Linear(width, 1)  # is this cell part of the object meant?
+        self.cells = CellHeads(width, names)
+
+
+def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    ids, boxes, has_box = decoder_arrays(batch.rows)
+    out = run_rows(model, batch, ids)
     refer = torch.tensor([row.task == "refer" for row in batch.rows])
     # The box of an expression is read where the end is predicted (section 8); the words before only help to learn.
     last = F.pad(ids[:, 1:] == 1, (0, 1))
     refer_weight = has_box * refer[:, None] * torch.where(last, 1.0, 0.2)
     labels = F.pad(ids[:, 1:], (0, 1)).masked_fill(refer[:, None], 0)
-    text = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0, label_smoothing=SMOOTHING)
+    text = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=0, label_smoothing=SMOOTHING)
     match = F.binary_cross_entropy_with_logits(
-        matcher(encoded[refer])[..., 0], batch.target_cells[refer], pos_weight=torch.tensor(5.0)
+        helpers.matcher(out.encoded[refer])[..., 0].float(), batch.target_cells[refer], pos_weight=torch.tensor(5.0)
     )
+    seen = helpers.cells(out.prefix.unflatten(1, batch.occupied.shape[1:]))
+    cell = cell_losses(seen, batch.occupied, batch.cell_targets)
     parts = {
         "text": text,
-        "trace": box_loss(locations, boxes, has_box * ~refer[:, None]),
-        "refer": 2 * box_loss(locations, boxes, refer_weight),
+        "trace": box_loss(out.locations, boxes, has_box * ~refer[:, None]),
+        "refer": 2 * box_loss(out.locations, boxes, refer_weight),
         "match": 2 * match,
+        "cells": torch.stack(list(cell.values())).sum(),
     }
     with torch.no_grad():
         at_end = (refer_weight == 1.0) & last
-        ratio, _ = iou(locations[at_end], boxes[at_end])
-    return parts, {"P@0.5": (ratio > 0.5).float().mean().item(), "IoU": ratio.mean().item()}
+        ratio, _ = iou(out.locations[at_end], boxes[at_end])
+        figures = {"P@0.5": (ratio > 0.5).float().mean().item(), "IoU": ratio.mean().item()}
+    return parts, figures | cell_figures(seen, batch.occupied, batch.cell_targets)
 
 
 @torch.inference_mode()
 def held_out(model: PixelLLM, data: SceneData, limit: int) -> dict[str, float]:
-    """P@0.5 and mean IoU over every expression of the first `limit` scenes, in torch; the exported bundle is measured elsewhere."""
-    model.eval()
+    """P@0.5 and mean IoU over every expression of the first `limit` scenes, in torch."""
     ratios = []
     for i in range(min(limit, len(data))):
         scene = data.scenes[i]
@@ -139,11 +165,11 @@ def held_out(model: PixelLLM, data: SceneData, limit: int) -> dict[str, float]:
         whole = torch.tensor([[0.0, 0.0, float(scene.width), float(scene.height)]])
         empty = torch.zeros(0, 5, 2), torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         prompt, cells = torch.zeros(len(scene.refers), dtype=torch.long), torch.zeros(0)
-        batch = Batch(data.features(np.array([i])), whole, *empty, scene.refers, prompt, cells)
-        _, _, locations, ids, boxes, _ = run_rows(model, batch)
+        batch = Batch(data.features(np.array([i])), whole, *empty, scene.refers, prompt, cells, cells, cells)
+        ids, boxes, _ = decoder_arrays(scene.refers)
+        locations = run_rows(model, batch, ids).locations
         last = F.pad(ids[:, 1:] == 1, (0, 1))
         ratios.append(iou(locations[last], boxes[last])[0])
-    model.train()
     every = torch.cat(ratios)
     return {"val_P@0.5": (every > 0.5).float().mean().item(), "val_IoU": every.mean().item()}
 
@@ -154,15 +180,14 @@ def train(
     data: tuple[Path, Path],
     held: tuple[Path, Path],
     out: Path,
+    names: Names,
     *,
     steps: int,
     batch: int = 16,
     rate: float = 1e-3,
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
-    matcher = nn.Linear(
-        model.config.t5.emb, 1
-    )  # helps the text encoder to find the object meant; thrown away afterwards
+    helpers = Helpers(model.config.t5.emb, names)
     trained = nn.ModuleDict(
         {
             "prompt_adapter": model.prompt_adapter,
@@ -171,22 +196,23 @@ def train(
             "point_predictor": model.point_predictor,
         }
     )
-    optimizer = adamw([trained, matcher], weight_decay=0.01)
-    stage = Stage(out, "train", {"model": trained, "matcher": matcher}, optimizer)
+    optimizer = adamw([trained, helpers], weight_decay=0.01)
+    stage = Stage(out, "train", {"model": trained, "helpers": helpers}, optimizer)
     first = stage.resume()
     if first >= steps:
         return
-    scenes, held_scenes = SceneData(*data, tokenizer), SceneData(*held, tokenizer)
+    scenes, held_scenes = SceneData(*data, tokenizer, names), SceneData(*held, tokenizer, names)
     cell_px = model.config.image_size // model.grid
-    model.train()
+    model.eval()  # no dropout: it costs a third of a step, and the run is too short to over-fit
     for step in range(first, steps):
         rng = np.random.default_rng((11, step))
         drawn = draw_batch(scenes, rng.choice(len(scenes), batch, replace=False), rng, cell_px)
         set_learning_rate(optimizer, cosine(step, steps, rate, warmup=200))
-        parts, figures = losses(model, matcher, drawn)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts, figures = losses(model, helpers, drawn)
         optimizer.zero_grad()
         torch.stack(list(parts.values())).sum().backward()
-        nn.utils.clip_grad_norm_([*trained.parameters(), *matcher.parameters()], 1.0)
+        nn.utils.clip_grad_norm_([*trained.parameters(), *helpers.parameters()], 1.0)
         optimizer.step()
         if (step + 1) % 25 == 0:
             stage.report(step + 1, steps, {name: loss.item() for name, loss in parts.items()} | figures)
