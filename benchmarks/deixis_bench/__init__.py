@@ -1,0 +1,1 @@
+"""Measuring bundles through the public API of `deixis`."""

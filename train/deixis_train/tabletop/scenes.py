@@ -30,7 +30,7 @@ def shards(data: Path) -> list[Path]:
 
 
 def read_padded(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture whose longest side is `size`, as [size, size, 3] float32 RGB padded with zeros, and its (height, width)."""
+    """A picture of a longest side up to `size`: [size, size, 3] float32 RGB, zero padded, and its (height, width)."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError(f"{path} is not a readable picture")

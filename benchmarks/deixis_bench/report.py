@@ -1,0 +1,33 @@
+"""The JSON that every measurement writes: metrics, data, bundle, machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import deixis
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "deixis": deixis.__version__,
+    }
+
+
+def finish(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model, out: Path | None) -> None:
+    """Print the metrics, and write the whole report to `out` under a temporary name first."""
+    for name, value in metrics.items():
+        print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
+    if out is not None:
+        info = model.info
+        bundle = {"name": info.name, "device": info.device, "path": info.bundle.name}
+        report = {"metrics": metrics, "data": data, "bundle": bundle, "machine": machine()}
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out)
