@@ -15,6 +15,7 @@ SEED = 7
 
 def make_tiny_bundle(destination: Path) -> None:
     import torch
+
     from deixis_export.export import ExportOptions, export_bundle
     from deixis_export.presets import preset, random_model, random_tokenizer
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-import deixis
 import numpy as np
 import torch
+from torch import Tensor
+
+import deixis
 from deixis.bundle import ParityRecord
 from deixis.caches import CrossCache
 from deixis.decoding import Beams, Decoded, DecodeRules, beam_search, greedy
 from deixis.pipeline import Pipeline
+from deixis_export.cases import example_picture
+from deixis_export.session import Arrays, relative_error
 from deixis_train.models import decoding as reference
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corners, pixelllm_prompt
-from torch import Tensor
-
-from deixis_export.cases import example_picture
-from deixis_export.session import Arrays, relative_error
 
 CHAIN_TOLERANCE = 2e-3  # continuous values at the end of the chain
 EXACT = 0.0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deixis.bundle import Bundle
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.presets import preset, random_model, random_tokenizer

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import save_file
+
 from deixis_export.presets import random_model, random_tokenizer
 from deixis_train.checkpoint import SAM_PARTS, load_checkpoint, save_checkpoint
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.models.pixelllm import PixelLLM
-from safetensors.torch import save_file
 
 TOKENIZER = random_tokenizer(TINY.t5.vocab)
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import TINY, export
+
 from deixis.bundle import Bundle, open_bundle
 from deixis.errors import ExportError
 from deixis_export import cli

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import TINY
+
 from deixis_export.cases import Sizes, make_cases
 from deixis_export.graphs import graph_specs
 from deixis_export.session import Arrays, GraphSession, relative_error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+
 from deixis.bundle import open_bundle
 from deixis_export.session import GraphSession, relative_error
 from make_tiny_bundle import TINY_BUNDLE, make_tiny_bundle

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from deixis_export.parity.__main__ import compare, main
 from deixis_export.parity.report import Report
 

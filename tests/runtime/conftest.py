@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import deixis
 import numpy as np
 import pytest
+
+import deixis
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_bundle"
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
 from deixis.bundle import (
     Bundle,
     Caches,
@@ -33,7 +35,6 @@ from deixis.bundle import (
 )
 from deixis.model import Model
 from deixis.pipeline import Pipeline
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 SIZE, LENGTH, LAYERS = 32, 14, 2
 PIECES = ["▁", "▁a", "▁red", "▁mug", "▁on", "▁the", "▁table", "s", ".", "▁where", "▁is", "▁see", "ful", "▁b", "ox", "t"]

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from deixis import bundle as b
 from deixis.errors import (
     BundleError,
@@ -17,8 +20,6 @@ from deixis.errors import (
     BundleNotFoundError,
     BundleVersionError,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 Change = Callable[[dict[str, Any]], Any]
 

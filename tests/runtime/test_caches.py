@@ -5,9 +5,10 @@ Reorder and rewind on arrays, and the real decoder step in place against the sam
 
 from __future__ import annotations
 
-import deixis
 import numpy as np
 import pytest
+
+import deixis
 from deixis.bundle import CacheSpec
 from deixis.caches import CrossCache, DecodeState, SelfCache, StepDecoder
 from deixis.prompts import Prompt, prompt_tokens

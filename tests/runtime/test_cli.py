@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from deixis import bundle as b
 from deixis.cli import checks, main, parts, tasks
 from deixis.errors import DeadlineError

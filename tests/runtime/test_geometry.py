@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deixis.geometry import Geometry, fit_inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deixis.geometry import Geometry, fit_inside
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm" / "data_prep.npz"
 

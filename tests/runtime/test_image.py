@@ -11,11 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deixis.bundle import ImageSpec
 from deixis.errors import ImageError
 from deixis.image import load_image, prepare, resize_bilinear
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm" / "data_prep.npz"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from deixis.geometry import Geometry
-from deixis.masks import decode_counts, encode_counts, pack_counts, refer_mask, segment_mask, unpack_counts
-from deixis.results import Mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from deixis.geometry import Geometry
+from deixis.masks import decode_counts, encode_counts, pack_counts, refer_mask, segment_mask, unpack_counts
+from deixis.results import Mask
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

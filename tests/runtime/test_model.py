@@ -14,11 +14,12 @@ import threading
 import weakref
 from pathlib import Path
 
-import deixis
 import numpy as np
 import psutil
 import pytest
 from conftest import make_picture
+
+import deixis
 from deixis import DecodeOptions, Prompt
 from deixis.engines import make_engine
 from deixis.errors import (

@@ -7,12 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deixis import drawing, overlay
 from deixis.errors import ImageError
 from deixis.files import check_target, write_atomic
 from deixis.results import Caption, Grounding, Mask, Segment, Trace, Word
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIZES = [(64, 64), (480, 640), (3000, 4000), (6000, 400), (64, 6000), (1, 1), (1, 900)]
 

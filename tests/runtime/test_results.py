@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 from deixis.results import Caption, Grounding, Mask, Segment, Trace, Word
 
 WORD = Word("mug", 2, 5, ((10.0, 20.0), (30.0, 60.0)), -0.5)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_picture
+from fakes import LENGTH, SIZE, FakeEngine, make_manifest, make_model, make_tokenizer
+
 from deixis import DecodeOptions, Model, Prompt
 from deixis.bundle import TaskSpec
 from deixis.decoding import DecodeRules
@@ -23,7 +25,6 @@ from deixis.errors import (
 )
 from deixis.readout import valid_positions
 from deixis.tokenizer import words_of
-from fakes import LENGTH, SIZE, FakeEngine, make_manifest, make_model, make_tokenizer
 
 
 @pytest.fixture

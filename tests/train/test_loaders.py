@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from deixis_train.loaders.eva02 import load_eva02
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.loaders.report import CheckpointError, LoadReport
@@ -21,8 +24,6 @@ from deixis_train.models.prompt_encoder import PromptEncoder
 from deixis_train.models.sam_vit import SamVit
 from deixis_train.models.t5 import T5
 from deixis_train.models.tiny_vit import TinyVit
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 TINY = PRESETS["tiny"]

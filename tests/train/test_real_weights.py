@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from deixis_train.loaders import real_weights
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.loaders.real_weights import FetchError, Package, WeightFile, fetch, main, real_weight
@@ -24,7 +26,6 @@ from deixis_train.models.mask import MaskDecoder
 from deixis_train.models.prompt_encoder import PromptEncoder, corners
 from deixis_train.models.t5 import T5
 from deixis_train.models.tiny_vit import TinyVit
-from torch import Tensor
 
 REPOSITORY = Path(__file__).parents[2]
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")

@@ -9,10 +9,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
+
 from deixis_train.data.scenes.generate import describe, generate, main, make_scene, tight_box, write_shard
 from deixis_train.data.scenes.objects import COLORS, KINDS, SIZES, mesh
 from deixis_train.data.scenes.world import build_world
-from pycocotools import mask as coco_mask
 
 COUNT, SEED = 12, 4_000_000
 

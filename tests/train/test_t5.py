@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from deixis_train.models.config import PRESETS, T5Config
 from deixis_train.models.decoding import begin_tokens, greedy
 from deixis_train.models.t5 import T5, KeyValue, LoraLinear
-from torch import Tensor
 
 CONFIG = PRESETS["tiny"].t5
 PROMPTS, VISUAL, CONTEXT, LENGTH = 3, 5, 4, 12

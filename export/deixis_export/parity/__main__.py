@@ -14,14 +14,13 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deixis_train.loaders.report import CheckpointError
-from deixis_train.models.pixelllm import PixelLLM
-
 from deixis_export.parity import cases_e2e, cases_modules
 from deixis_export.parity.backend import Backend
 from deixis_export.parity.backend_torch import TorchBackend
 from deixis_export.parity.context import PARAMS, BadDirectory, Context, load_model, read_config
 from deixis_export.parity.report import GoldenFile, Line, Report
+from deixis_train.loaders.report import CheckpointError
+from deixis_train.models.pixelllm import PixelLLM
 
 # Parts of the reference that have no counterpart here yet.
 NOT_COVERED = (

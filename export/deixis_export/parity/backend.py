@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from deixis_train.models.pixelllm import PixelLLM
 from numpy.typing import NDArray
+
+from deixis_train.models.pixelllm import PixelLLM
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from deixis_train.models.decoding import beam_search, begin_tokens, greedy
-from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.models.prompt_encoder import pixelllm_prompt
 from torch import Tensor
 
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
+from deixis_train.models.decoding import beam_search, begin_tokens, greedy
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.prompt_encoder import pixelllm_prompt
 
 
 class TorchBackend:

@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+from deixis_export.parity.backend import Floats, Ids, TextPass
+from deixis_export.parity.context import Context, as_floats, as_ids, emitted, part, scores_of_filled
+from deixis_export.parity.report import EXACT, GoldenFile, Report, TorchOnly
 from deixis_train.models.decoding import zero_after_end
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.point_head import points_to_box, to_pixels, valid_tokens
@@ -14,11 +19,6 @@ from deixis_train.models.preprocess import Preprocess, padding_mask
 from deixis_train.models.prompt_encoder import NOT_A_POINT, corner_prompt, corners
 from deixis_train.models.resample import resample_matrix, resize
 from deixis_train.models.t5 import relative_buckets
-from torch import Tensor, nn
-
-from deixis_export.parity.backend import Floats, Ids, TextPass
-from deixis_export.parity.context import Context, as_floats, as_ids, emitted, part, scores_of_filled
-from deixis_export.parity.report import EXACT, GoldenFile, Report, TorchOnly
 
 POINT_RULES = {"trace": "begin,end,pad", "ref": "^end-1", "endonly": "^end", "text": "text", "none": ""}
 

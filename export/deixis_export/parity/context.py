@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from deixis_export.parity.backend import Backend, Decoding, EncodedImages, Floats, Ids
+from deixis_export.parity.report import Absent, Array, GoldenFile, TorchOnly
 from deixis_train.loaders.flax import load_flax, read_flax
 from deixis_train.loaders.golden import config_from_golden
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
-
-from deixis_export.parity.backend import Backend, Decoding, EncodedImages, Floats, Ids
-from deixis_export.parity.report import Absent, Array, GoldenFile, TorchOnly
 
 PARAMS = "params.npz"
 INPUTS = "preprocess.npz"  # pictures and padding masks of the encoders and of every chain
