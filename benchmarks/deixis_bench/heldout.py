@@ -15,6 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 def named_things(text: str, kinds: set[str], colours: set[str]) -> Counter[tuple[str, str]]:
     """(colour, kind) pairs of neighbouring words."""
     words = re.findall(r"[a-z]+", text.lower())
-    return Counter(pair for pair in zip(words, words[1:], strict=False) if pair[0] in colours and pair[1] in kinds)
+    return Counter(pair for pair in pairwise(words) if pair[0] in colours and pair[1] in kinds)
 
 
 class Tally:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from deixis_train.checkpoint import SAM_PARTS, save_checkpoint
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.models.config import PRESETS
 from deixis_train.models.pixelllm import PixelLLM
@@ -25,7 +26,7 @@ from deixis_train.tabletop.scenes import (
     shards,
 )
 from deixis_train.tabletop.tokenizer import build_tokenizer
-from deixis_train.tabletop.train import train
+from deixis_train.tabletop.train import TRAINED, train
 from deixis_train.tabletop.warmup import warm_up
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the scene folders train/ and val/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: caches, logs, states, checkpoint")
     parser.add_argument("--mobile-sam", type=Path, required=True, help="mobile_sam.pt (make real-weights fetches it)")
-    parser.add_argument("--stage", choices=("all", "pictures", "sam", "warmup", "train"), default="all")
+    parser.add_argument("--stage", choices=("all", "pictures", "sam", "warmup", "train", "checkpoint"), default="all")
     parser.add_argument("--warmup-pictures", type=int, default=60_000)
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--shards", type=int, default=None, help="use only this many shards for `sam` and `train`")
@@ -120,6 +121,29 @@ def main() -> None:
         tokenizer = load_tokenizer(folders[1], out, model.config.t5.vocab)
         pairs = list(zip(folders, caches, strict=True))
         train(model, tokenizer, pairs[1], pairs[0], out, class_names(folders[0]), steps=options.steps)
+    if wanted("checkpoint"):
+        write_checkpoint(model, out, options.mobile_sam)
+
+
+def write_checkpoint(model: PixelLLM, out: Path, mobile_sam: Path) -> None:
+    """Put what the stages trained into `out`/checkpoint; MobileSAM's parts are left out and named."""
+    warm = torch.load(out / "warmup.pt", weights_only=True)["modules"]
+    model.semantic_encoder.load_state_dict(warm["semantic_encoder"])
+    trained = torch.load(out / "train.pt", weights_only=True)["modules"]["model"]
+    for name in TRAINED:
+        prefix = f"{name}."
+        part = {key.removeprefix(prefix): value for key, value in trained.items() if key.startswith(prefix)}
+        getattr(model, name).load_state_dict(part)
+    greedy = {"beams": 1, "beams_per_node": 1}  # captions of this small language gain nothing from beams
+    tasks = {
+        "caption": {"instruction": CAPTION, **greedy},
+        "trace": {"instruction": CAPTION},
+        "region_caption": {"instruction": REGION},
+        "refer": {"instruction": REFER},
+    }
+    tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
+    save_checkpoint(out / "checkpoint", model, tokenizer, tasks, omit=SAM_PARTS, frozen_from=mobile_sam)
+    print(f"checkpoint in {out / 'checkpoint'}; export it with: deixis export {out / 'checkpoint'} --out BUNDLE")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
 
 REFERS, REGIONS = 3, 2  # rows of a scene in a batch, beside one caption
 SMOOTHING = 0.1
+TRAINED = ("prompt_adapter", "visual_projection", "text", "point_predictor")  # parts of the model
 
 
 @dataclass
@@ -188,14 +189,7 @@ def train(
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
     helpers = Helpers(model.config.t5.emb, names)
-    trained = nn.ModuleDict(
-        {
-            "prompt_adapter": model.prompt_adapter,
-            "visual_projection": model.visual_projection,
-            "text": model.text,
-            "point_predictor": model.point_predictor,
-        }
-    )
+    trained = nn.ModuleDict({name: getattr(model, name) for name in TRAINED})
     optimizer = adamw([trained, helpers], weight_decay=0.01)
     stage = Stage(out, "train", {"model": trained, "helpers": helpers}, optimizer)
     first = stage.resume()
