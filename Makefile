@@ -1,13 +1,16 @@
 # The only commands that the README and CI use.
-#   make demo    run the main job on the shipped bundle; pictures in out/demo (a light environment of its own, no PyTorch)
-#   make test    the test suite (makes .venv with everything)
-#   make check   format, lint, types, import rules
-#   make real-weights   fetch MobileSAM and Flan-T5-small by hash into the cache, for the tests that want real weights
+#   make demo          every task on the shipped pictures; results in out/demo (an environment of its own, without PyTorch)
+#   make test          the test suite (makes .venv with everything)
+#   make test-slow     what takes minutes or much memory
+#   make check         format, lint, types, import rules
+#   make format        put the format right
+#   make wheel         the wheel, demo model included, in dist
+#   make real-weights  fetch MobileSAM and Flan-T5-small by hash into the cache, for the tests that want real weights
 
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check format real-weights clean
+.PHONY: demo test test-slow check format wheel real-weights clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/deixis demo --out out/demo
@@ -28,15 +31,18 @@ format: .venv/ready
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
+wheel: .venv/ready
+	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
 real-weights: .venv/ready
 	.venv/bin/python -m deixis_train.loaders.real_weights
 
-.venv-demo/ready: pyproject.toml constraints.txt
+.venv-demo/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python $(PIP) -e '.[cpu]'
 	touch $@
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) 'torch==2.13.0'
 	.venv/bin/python $(PIP) -e '.[dev]'

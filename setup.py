@@ -1,5 +1,5 @@
-"""Everything about the package is in pyproject.toml; this puts the demo model and its pictures, which lie beside the source folders,
-into the wheel as deixis/models. An editable install finds them where they are.
+"""Everything about the package is in pyproject.toml; this puts the demo model and its pictures, which lie beside the
+source folders, into the wheel as deixis/models. An editable install finds them where they are.
 """
 
 import shutil

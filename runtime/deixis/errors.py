@@ -17,8 +17,8 @@ DeixisError
 ├── ClosedError (RuntimeError)                  the model was closed
 └── ExportError (RuntimeError)                  an export failed; nothing was left behind
 
-Messages are one line: what is wrong, where, what to do. Each class also inherits the matching builtin, so either kind of
-`except` works.
+Messages are one line: what is wrong, where, what to do. Each class also inherits the matching builtin, so either
+kind of `except` works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sizes of every part of PixelLLM, and the named presets.
 
-A configuration is a frozen dataclass that goes to JSON and back (`to_dict`, `from_dict`); it is stored beside the weights of a
-checkpoint. Sizes of the published models: specification sections 3 to 9.
+A configuration is a frozen dataclass that goes to JSON and back (`to_dict`, `from_dict`); it is stored beside the weights
+of a checkpoint. Sizes of the published models: specification sections 3 to 9.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class PixelLLMConfig:
     sam: SamVitConfig | TinyVitConfig = field(default_factory=SamVitConfig)
     prompt_embed_dim: int = 256
     prompt_adapter: PromptAdapterConfig = field(default_factory=PromptAdapterConfig)
-    # "sparse": the text head sees the learned output tokens (the paper); "dense": it sees every image token (the reference's option)
+    # "sparse": the text head sees the learned output tokens (the paper); "dense": it sees every image token (the
+    # reference's option)
     prompt_fuse: Literal["sparse", "dense"] = "sparse"
     t5: T5Config = field(default_factory=T5Config)
     point_predictor: PointPredictorConfig | None = field(default_factory=PointPredictorConfig)
@@ -228,8 +229,8 @@ PRESETS: dict[str, PixelLLMConfig] = {
         max_caption_length=14,
         refer_length=14,
     ),
-    # The demo: MobileSAM's frozen TinyViT at 512 px beside a small semantic encoder at 224 px, on the latter's 16 x 16 grid,
-    # whose 256 tokens go to the text head (see the model card for why).
+    # The demo: MobileSAM's frozen TinyViT at 512 px beside a small semantic encoder at 224 px, on the latter's 16 x 16
+    # grid, whose 256 tokens go to the text head (see the model card for why).
     "tabletop": PixelLLMConfig(
         name="tabletop",
         image_size=512,
