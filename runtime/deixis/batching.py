@@ -15,19 +15,22 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SceneFeatures:
     """What the image encoders gave for one picture.
 
-    fused: [gh, gw, C1 + C2], semantic channels first. sam: [h, w, C2], for masks.
+    fused: [gh, gw, C1 + C2], semantic channels first. sam: [h, w, C2], for masks. whole_prefix: [Q, D], the visual
+    prefix of the whole picture, which caption, refer and trace share; `Pipeline.prefix` sets it when first needed.
     """
 
     fused: Floats
     sam: Floats
     geometry: Geometry
+    whole_prefix: Floats | None = None
 
     @property
     def nbytes(self) -> int:
+        """Of the two maps. whole_prefix comes later and is not counted: a few dozen vectors beside thousands."""
         return self.fused.nbytes + self.sam.nbytes
 
 

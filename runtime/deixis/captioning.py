@@ -8,6 +8,7 @@ import numpy as np
 
 from deixis.batching import SceneFeatures, group_indices, pick
 from deixis.bundle import TaskSpec
+from deixis.caches import StepDecoder
 from deixis.decoding import Decoded, DecodeRules, beam_search, collect_beams, greedy, greedy_steps
 from deixis.geometry import Geometry
 from deixis.options import Check, DecodeOptions
@@ -106,6 +107,22 @@ def _tokens(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt) -> PromptT
     return pipeline.checked(prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts))
 
 
+def _decoder(
+    pipeline: Pipeline,
+    scenes: Sequence[SceneFeatures],
+    tokens: Sequence[PromptTokens],
+    task: TaskSpec,
+    rules: DecodeRules,
+    check: Check,
+) -> StepDecoder:
+    """A decoder that has read its prompts and generated nothing yet."""
+    check()
+    prefix = pipeline.prefix(scenes, tokens)
+    check()
+    cross = pipeline.cross(prefix, [pipeline.context_ids(task)] * len(tokens))
+    return pipeline.decoder(cross, rules.beams, rules.length)
+
+
 def _decode(
     pipeline: Pipeline,
     scenes: Sequence[SceneFeatures],
@@ -114,9 +131,7 @@ def _decode(
     rules: DecodeRules,
     check: Check,
 ) -> list[Decoded]:
-    check()
-    cross = pipeline.cross(pipeline.prefix(scenes, tokens), [pipeline.context_ids(task)] * len(tokens))
-    decoder = pipeline.decoder(cross, rules.beams, rules.length)
+    decoder = _decoder(pipeline, scenes, tokens, task, rules, check)
     if rules.beams == 1:
         return greedy(decoder, len(tokens), rules, check)
     return collect_beams(beam_search(decoder, len(tokens), rules, check), rules)
@@ -125,9 +140,7 @@ def _decode(
 def _stream_greedy(
     pipeline: Pipeline, scene: SceneFeatures, tokens: PromptTokens, task: TaskSpec, rules: DecodeRules, check: Check
 ) -> Generator[Word, None, Caption]:
-    check()
-    cross = pipeline.cross(pipeline.prefix([scene], [tokens]), [pipeline.context_ids(task)])
-    decoder = pipeline.decoder(cross, 1, rules.length)
+    decoder = _decoder(pipeline, [scene], [tokens], task, rules, check)
     spelling = Spelling(pipeline.tokenizer)
     log_probs: list[np.float32] = []
     locations: list[np.ndarray] = []  # one less than ids until the last id is consumed

@@ -12,6 +12,7 @@ from deixis.bundle import TaskSpec
 from deixis.errors import EngineError, TextTooLongError
 from deixis.geometry import Geometry
 from deixis.masks import refer_mask, segment_mask
+from deixis.options import Check, DecodeOptions
 from deixis.pipeline import Pipeline, stack_tokens
 from deixis.prompts import Prompt, corner_tokens, mask_tokens, prompt_tokens
 from deixis.readout import box_of_points, make_words, valid_positions
@@ -22,28 +23,32 @@ Floats = NDArray[np.float32]
 
 
 def refer_batch(
-    pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequence[str], mask: bool = True
+    pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequence[str], mask: bool, options: DecodeOptions
 ) -> list[Grounding]:
     """Box, and mask where asked for, of each phrase in its scene; the result is that of one at a time."""
+    check = options.start()
     task = pipeline.task("refer")
     if mask:
         pipeline.require_masks()
     encoded = [_encode(pipeline, task, text) for text in texts]
     found: list[Grounding] = []
     for chunk in pipeline.chunks(scenes):
-        found += _refer(pipeline, task, pick(scenes, chunk), pick(texts, chunk), pick(encoded, chunk), mask)
+        found += _refer(pipeline, task, pick(scenes, chunk), pick(texts, chunk), pick(encoded, chunk), mask, check)
     return found
 
 
-def trace_batch(pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequence[str]) -> list[Trace]:
+def trace_batch(
+    pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequence[str], options: DecodeOptions
+) -> list[Trace]:
     """The place of every word of each given text in its scene; the result is that of one at a time."""
+    check = options.start()
     task = pipeline.task("trace")
     encoded = [_encode(pipeline, task, text) for text in texts]
     found: list[Trace] = []
     for chunk in pipeline.chunks(scenes):
         rows, given = pick(scenes, chunk), pick(encoded, chunk)
         ids = _ids(pipeline, task, given)
-        _, _, locations = _forced(pipeline, task, rows, pick(texts, chunk), ids)
+        _, _, locations = _forced(pipeline, task, rows, pick(texts, chunk), ids, check)
         valid = valid_positions(ids, task.points_at, pipeline.manifest.tokenizer)
         for row, index in enumerate(chunk):
             pieces = slice(1, len(given[row].ids) + 1)
@@ -56,12 +61,17 @@ def trace_batch(pipeline: Pipeline, scenes: Sequence[SceneFeatures], texts: Sequ
 
 
 def segment_batch(
-    pipeline: Pipeline, scenes: Sequence[SceneFeatures], prompts: Sequence[Prompt], multimask: bool = False
+    pipeline: Pipeline,
+    scenes: Sequence[SceneFeatures],
+    prompts: Sequence[Prompt],
+    multimask: bool,
+    options: DecodeOptions,
 ) -> list[tuple[Segment, ...]]:
     """Masks of each prompt.
 
     One, or with `multimask` SAM's alternatives, best first; the result is that of one at a time.
     """
+    check = options.start()
     pipeline.require("segment")
     tokens = [
         pipeline.checked(mask_tokens(prompt, scene.geometry)) for scene, prompt in zip(scenes, prompts, strict=True)
@@ -71,6 +81,7 @@ def segment_batch(
         for chunk in pipeline.chunks(pick(scenes, group)):
             rows = pick(group, chunk)
             points, labels = stack_tokens(pick(tokens, rows))
+            check()
             logits, scores = pipeline.masks(pick(scenes, rows), points, labels)
             for row, maps, values in zip(rows, logits, scores, strict=True):
                 # Token 0 is for a single answer, the others are alternatives.
@@ -112,12 +123,16 @@ def _forced(
     scenes: Sequence[SceneFeatures],
     texts: Sequence[str],
     ids: NDArray[np.int64],
+    check: Check,
 ) -> tuple[Floats, Floats, Floats]:
     """Visual prefix [N, Q, D], features [N, L, D] and locations [N, L, points, 2] of given ids over whole pictures."""
     whole = [prompt_tokens(Prompt(), scene.geometry, pipeline.manifest.prompts) for scene in scenes]
-    prefix = pipeline.prefix(scenes, whole)
     contexts = [pipeline.context_ids(task, text) for text in texts]
+    check()
+    prefix = pipeline.prefix(scenes, whole)
+    check()
     cross = pipeline.cross(prefix, contexts, max(1, task.instruction_tokens))
+    check()
     features, locations = pipeline.teacher_forced(cross, ids)
     return prefix, features, locations
 
@@ -129,9 +144,10 @@ def _refer(
     texts: Sequence[str],
     encoded: Sequence[Encoded],
     mask: bool,
+    check: Check,
 ) -> list[Grounding]:
     ids = _ids(pipeline, task, encoded)
-    prefix, features, locations = _forced(pipeline, task, scenes, texts, ids)
+    prefix, features, locations = _forced(pipeline, task, scenes, texts, ids, check)
     valid = valid_positions(ids, task.points_at, pipeline.manifest.tokenizer)
     boxes = np.stack([_input_box(*row) for row in zip(locations, valid, scenes, strict=True)])
     originals = [_clipped(box, scene.geometry) for box, scene in zip(boxes, scenes, strict=True)]
@@ -139,7 +155,10 @@ def _refer(
         return [Grounding(text, box) for text, box in zip(texts, originals, strict=True)]
     corners = [corner_tokens(box) for box in boxes]  # of the unclipped box, as in training
     points, labels = np.stack([p for p, _ in corners]), np.stack([label for _, label in corners])
-    logits, scores = pipeline.masks(scenes, points, labels, pipeline.prompt_delta(prefix, features))
+    check()
+    delta = pipeline.prompt_delta(prefix, features)
+    check()
+    logits, scores = pipeline.masks(scenes, points, labels, delta)
     spec = pipeline.manifest.mask
     return [
         Grounding(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from deixis.bundle import ImageSpec
 from deixis.errors import ImageError
+from deixis.exif import orientation_of, turn
 from deixis.geometry import Geometry, fit_inside
 
 __all__ = ["Channels", "Geometry", "Source", "fit_inside", "load_image", "prepare"]
@@ -81,16 +82,17 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise ImageError(f"{where}: the picture is truncated (its end is missing); copy it again")
     buffer = np.frombuffer(data, np.uint8)
     try:
-        # Colour decoding applies the EXIF orientation, which IMREAD_UNCHANGED does not; the latter only serves to see
-        # alpha.
+        # Colour decoding applies the EXIF orientation; IMREAD_UNCHANGED, which alone shows alpha, does not.
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
         raw = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED) if _may_have_alpha(data) else None
     except cv2.error as error:  # sizes beyond OpenCV's limits, for one
         raise ImageError(f"{where}: cannot decode the picture: {error.err or error.code}") from None
     if image is None or image.size == 0:
         raise ImageError(f"{where}: not a picture OpenCV can read, or a damaged one")
-    if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
-        return _over_white(_to_uint8(raw), "BGRA")
+    if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
+        raw = turn(raw, orientation_of(data))
+        if raw.shape[:2] == image.shape[:2]:
+            return _over_white(_to_uint8(raw), "BGRA")
     return np.ascontiguousarray(image[..., ::-1], np.uint8)
 
 

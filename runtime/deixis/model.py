@@ -192,6 +192,11 @@ class Model:
         if "segment" in tasks:
             scene.segment(box=box)
         pipeline = self.pipeline
+        if text := _any_text(pipeline):
+            if "refer" in tasks:
+                scene.refer(text, mask="mask_decoder" in self.manifest.graphs)
+            if "trace" in tasks:
+                scene.trace(text)
         for role in self.manifest.graphs:
             pipeline.engine.load(role)
 
@@ -238,28 +243,38 @@ class Model:
         [features] = self._features([(scene, prompt)])
         return captioning.stream_caption(self.pipeline, features, prompt or Prompt(), options or DecodeOptions())
 
-    def refer_batch(self, items: Sequence[tuple[Scene, str]], mask: bool = True) -> list[Grounding]:
+    def refer_batch(
+        self, items: Sequence[tuple[Scene, str]], mask: bool = True, options: DecodeOptions | None = None
+    ) -> list[Grounding]:
         """`Scene.refer` for many (scene, phrase) pairs at once; the results are those of one at a time."""
-        return grounding.refer_batch(self.pipeline, self._features(items), [text for _, text in items], mask)
+        scenes, texts = self._features(items), [text for _, text in items]
+        return grounding.refer_batch(self.pipeline, scenes, texts, mask, options or DecodeOptions())
 
-    def trace_batch(self, items: Sequence[tuple[Scene, str]]) -> list[Trace]:
+    def trace_batch(self, items: Sequence[tuple[Scene, str]], options: DecodeOptions | None = None) -> list[Trace]:
         """`Scene.trace` for many (scene, text) pairs at once; the results are those of one at a time."""
-        return grounding.trace_batch(self.pipeline, self._features(items), [text for _, text in items])
-
-    @overload
-    def segment_batch(self, items: Sequence[tuple[Scene, Prompt]]) -> list[Segment]: ...
+        scenes, texts = self._features(items), [text for _, text in items]
+        return grounding.trace_batch(self.pipeline, scenes, texts, options or DecodeOptions())
 
     @overload
     def segment_batch(
-        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: Literal[True]
+        self,
+        items: Sequence[tuple[Scene, Prompt]],
+        *,
+        multimask: Literal[False] = False,
+        options: DecodeOptions | None = None,
+    ) -> list[Segment]: ...
+
+    @overload
+    def segment_batch(
+        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: Literal[True], options: DecodeOptions | None = None
     ) -> list[tuple[Segment, ...]]: ...
 
     def segment_batch(
-        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: bool = False
+        self, items: Sequence[tuple[Scene, Prompt]], *, multimask: bool = False, options: DecodeOptions | None = None
     ) -> list[Segment] | list[tuple[Segment, ...]]:
         """`Scene.segment` for many (scene, prompt) pairs at once; the results are those of one at a time."""
-        scenes = self._features(items)
-        found = grounding.segment_batch(self.pipeline, scenes, [prompt for _, prompt in items], multimask)
+        scenes, prompts = self._features(items), [prompt for _, prompt in items]
+        found = grounding.segment_batch(self.pipeline, scenes, prompts, multimask, options or DecodeOptions())
         return found if multimask else [alternatives[0] for alternatives in found]
 
     def _features(self, items: Sequence[tuple[Scene, object]]) -> list[SceneFeatures]:
@@ -282,6 +297,18 @@ def content_hash(picture: NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(str(picture.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(picture).data)
     return digest.hexdigest()
+
+
+def _any_text(pipeline: Pipeline) -> str | None:
+    """The first piece of the vocabulary that is a text of its own."""
+    for piece in range(pipeline.manifest.tokenizer.vocab_size):
+        text = pipeline.tokenizer.decode([piece]).strip()
+        try:
+            pipeline.tokenizer.encode(text)
+        except PromptError:
+            continue
+        return text
+    return None
 
 
 def _return_freed_memory() -> None:

@@ -16,14 +16,17 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Options of the tasks that generate text.
+    """Options of one call of a task.
+
+    refer, trace and segment generate no text: there `max_new_tokens` and `beams` do not apply and are ignored.
 
     max_new_tokens: most tokens to generate; None = as the bundle says. The cache capacity chosen at load is the upper
     limit.
     beams: hypotheses of beam search, 1 = greedy; None = as the bundle says.
     deadline_ms: wall-clock time of the call; when it has passed, the call raises DeadlineError.
     cancel: set it (from any thread) and the call raises CancelledError.
-    Both are looked at before every decoder step. What a stream has given until then stays valid.
+    Both are looked at before every graph run, so before every decoder step: a run that has begun is waited for. What a
+    stream has given until then stays valid.
 
     Raises PromptError when a value makes no sense.
     """

@@ -124,17 +124,36 @@ class Pipeline:
     def prefix(self, scenes: Sequence[SceneFeatures], prompts: Sequence[PromptTokens]) -> Floats:
         """Visual prefix [R, Q, D] of every (scene, prompt) pair.
 
-        The extractor has no mask: equal token counts run together.
+        That of the whole picture is computed once per scene and kept with it.
         """
-        rows: list[Floats | None] = [None] * len(prompts)
+        pairs = list(zip(scenes, prompts, strict=True))
+        missing: list[int] = []
+        first_of: dict[int, int] = {}
+        for row, (scene, prompt) in enumerate(pairs):
+            known = prompt.is_whole and (scene.whole_prefix is not None or first_of.setdefault(id(scene), row) != row)
+            if not known:
+                missing.append(row)
+        found = dict(zip(missing, self._extract(pick(scenes, missing), pick(prompts, missing)), strict=True))
+        rows: list[Floats] = []
+        for row, (scene, prompt) in enumerate(pairs):
+            if not prompt.is_whole:
+                rows.append(found[row])
+                continue
+            if scene.whole_prefix is None:  # else another thread may have been faster: the same numbers
+                scene.whole_prefix = found[row].copy()  # a copy, not to keep the others of its batch
+            rows.append(scene.whole_prefix)
+        return np.stack(rows)
+
+    def _extract(self, scenes: Sequence[SceneFeatures], prompts: Sequence[PromptTokens]) -> list[Floats]:
+        """Run the prompt extractor. It has no mask: equal token counts run together."""
+        found: list[Floats] = [np.empty(0, np.float32)] * len(prompts)
         for group in group_indices(len(prompt.labels) for prompt in prompts):
             points, labels = stack_tokens(pick(prompts, group))
             features, index = stack_scenes(pick(scenes, group), lambda scene: scene.fused)
             inputs = {"features": features, "image_index": index, "points": points, "labels": labels}
-            outputs = self.engine.run("prompt_extractor", inputs)["visual_prefix"]
-            for row, output in zip(group, outputs, strict=True):
-                rows[row] = output
-        return np.stack([row for row in rows if row is not None])
+            for row, output in zip(group, self.engine.run("prompt_extractor", inputs)["visual_prefix"], strict=True):
+                found[row] = output
+        return found
 
     def context_ids(self, task: TaskSpec, text: str = "") -> list[int]:
         """Context of the text encoder: the instruction and EOS, cut at the task's limit (a cut one has no EOS)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,12 +39,13 @@ class PromptTokens:
     """What the graphs take.
 
     points: [P, 2] float32, pixels of the padded input. labels: [P] int64. box: the clipped box in original pixels, or
-    None.
+    None. is_whole: the whole picture was meant, so the tokens are the same for every such prompt of a scene.
     """
 
     points: NDArray[np.float32]
     labels: NDArray[np.int64]
     box: Box | None = None
+    is_whole: bool = False
 
 
 def prompt_tokens(prompt: Prompt, geometry: Geometry, spec: PromptSpec) -> PromptTokens:
@@ -52,7 +53,7 @@ def prompt_tokens(prompt: Prompt, geometry: Geometry, spec: PromptSpec) -> Promp
     if prompt.is_whole:
         _check_no_labels(prompt)
         height, width = geometry.valid
-        return _region(np.array([0, 0, width, height], np.float64), None, spec)
+        return replace(_region(np.array([0, 0, width, height], np.float64), None, spec), is_whole=True)
     if prompt.box is not None:
         box = check_box(prompt, geometry)
         return _region(geometry.to_input(np.reshape(box, (2, 2))).ravel(), box, spec)

@@ -66,7 +66,8 @@ class Caption:
     """A generated text, every word with its place.
 
     score: log-probability of the whole, as the decoder ranks it. ids: the generated token ids. finished: False when
-    the length or the deadline cut it off. box: the region that was described, None for the whole picture.
+    its length cut it off (a passed deadline raises DeadlineError instead). box: the region that was described, None for
+    the whole picture.
     """
 
     text: str

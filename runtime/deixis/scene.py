@@ -29,7 +29,7 @@ class Scene:
 
     All boxes (left, top, right, bottom) and points (x, y) are pixels of the picture as it was given. A box that reaches
     over the picture's edge is clipped to it. PromptError: a prompt that makes no sense; TaskError: the bundle cannot do
-    this task; ClosedError: the model was closed.
+    this task; ClosedError: the model was closed; DeadlineError and CancelledError: the call's options said so.
     """
 
     def __init__(self, model: Model, features: SceneFeatures, key: str) -> None:
@@ -84,18 +84,21 @@ class Scene:
         """The same, word by word: an iterator of Word, whose `caption` is the whole."""
         return self._model.stream_caption(self, Prompt(box, points, labels), options)
 
-    def refer(self, text: str, mask: bool = True) -> Grounding:
+    def refer(self, text: str, mask: bool = True, options: DecodeOptions | None = None) -> Grounding:
         """Find what a phrase means: its box, and its mask unless `mask` is False.
 
         The score is the mask decoder's predicted IoU: how well the mask fits the box, not whether the thing is there.
         The model has no way to say that it is not; it then gives a box all the same. The box is clipped to the picture.
-        Also raises TextTooLongError.
+        Of the options, deadline_ms and cancel apply. Also raises TextTooLongError.
         """
-        return self._model.refer_batch([(self, text)], mask)[0]
+        return self._model.refer_batch([(self, text)], mask, options)[0]
 
-    def trace(self, text: str) -> Trace:
-        """The place of every word of a given text. Also raises TextTooLongError."""
-        return self._model.trace_batch([(self, text)])[0]
+    def trace(self, text: str, options: DecodeOptions | None = None) -> Trace:
+        """The place of every word of a given text.
+
+        Of the options, deadline_ms and cancel apply. Also raises TextTooLongError.
+        """
+        return self._model.trace_batch([(self, text)], options)[0]
 
     @overload
     def segment(
@@ -104,6 +107,7 @@ class Scene:
         points: ArrayLike | None = None,
         labels: Labels | None = None,
         multimask: Literal[False] = False,
+        options: DecodeOptions | None = None,
     ) -> Segment: ...
 
     @overload
@@ -114,6 +118,7 @@ class Scene:
         labels: Labels | None = None,
         *,
         multimask: Literal[True],
+        options: DecodeOptions | None = None,
     ) -> tuple[Segment, ...]: ...
 
     def segment(
@@ -122,15 +127,17 @@ class Scene:
         points: ArrayLike | None = None,
         labels: Labels | None = None,
         multimask: bool = False,
+        options: DecodeOptions | None = None,
     ) -> Segment | tuple[Segment, ...]:
         """The mask of what a box or points select, as SAM gives it.
 
         multimask: three alternatives, best predicted IoU first, for prompts that may mean a thing, a part or a group.
+        Of the options, deadline_ms and cancel apply.
         """
         prompts = [(self, Prompt(box, points, labels))]
         if multimask:
-            return self._model.segment_batch(prompts, multimask=True)[0]
-        return self._model.segment_batch(prompts)[0]
+            return self._model.segment_batch(prompts, multimask=True, options=options)[0]
+        return self._model.segment_batch(prompts, options=options)[0]
 
 
 class SceneStore:

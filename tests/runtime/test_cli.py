@@ -202,8 +202,10 @@ def test_full_disk(capsys: Captured, picture: str, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_deadline(capsys: Captured, picture: str) -> None:
-    fails(capsys, 1, "deadline of 0 ms passed", "caption", picture, "--bundle", TINY, "--deadline-ms", "0")
+@pytest.mark.parametrize("task", [("caption",), ("refer", "w1"), ("trace", "w1"), ("segment", "--box", "1,1,9,9")])
+def test_deadline(capsys: Captured, picture: str, task: tuple[str, ...]) -> None:
+    command, *asked = task
+    fails(capsys, 1, "deadline of 0 ms passed", command, picture, *asked, "--bundle", TINY, "--deadline-ms", "0")
 
 
 @pytest.mark.parametrize(

@@ -135,31 +135,82 @@ def test_palette() -> None:
     np.testing.assert_array_equal(load_image(palette_png(indices, colours)), np.array(colours)[indices])
 
 
+def exif(orientation: int, order: str = ">") -> bytes:
+    """A TIFF structure of one entry before the orientation, and the orientation."""
+    entries = [
+        struct.pack(order + "HHII", 0x0100, 4, 1, 40),
+        struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0),
+    ]
+    head = (b"MM" if order == ">" else b"II") + struct.pack(order + "HIH", 42, 8, len(entries))
+    return head + b"".join(entries) + struct.pack(order + "I", 0)
+
+
 def with_orientation(jpeg: bytes, orientation: int, thumbnail: bytes = b"") -> bytes:
-    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
-    tiff = b"MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
-    body = b"Exif\0\0" + tiff + thumbnail
+    body = b"Exif\0\0" + exif(orientation) + thumbnail
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
+    return {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(stored, 1),
+    }[orientation]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(picture: np.ndarray, tmp_path: Path, orientation: int) -> None:
     plain = encode(bgr(picture), ".jpg")
-    upright = load_image(plain)
-    turned = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, -1),
-        7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(upright, 1),
-    }[orientation]
+    expected = turned(load_image(plain), orientation)
     data = with_orientation(plain, orientation)
-    np.testing.assert_array_equal(load_image(data), turned)
+    np.testing.assert_array_equal(load_image(data), expected)
     (tmp_path / "p.jpg").write_bytes(data)
-    np.testing.assert_array_equal(load_image(tmp_path / "p.jpg"), turned)
+    np.testing.assert_array_equal(load_image(tmp_path / "p.jpg"), expected)
+
+
+def png_with(png: bytes, tiff: bytes) -> bytes:
+    chunk = b"eXIf" + tiff
+    return png[:33] + struct.pack(">I", len(tiff)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+def webp_with(webp: bytes, tiff: bytes, size: tuple[int, int]) -> bytes:
+    """A plain lossless WebP file of `size` (height, width) as an extended one, with transparency and EXIF."""
+    sides = b"".join(struct.pack("<I", side - 1)[:3] for side in size[::-1])
+    head = b"VP8X" + struct.pack("<IB3x", 10, 0x18) + sides
+    body = head + webp[12:] + b"EXIF" + struct.pack("<I", len(tiff)) + tiff + b"\0" * (len(tiff) % 2)
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_transparent_files(picture: np.ndarray, orientation: int, square: bool) -> None:
+    """Both are seen: which way up, and what shines through, in either order of bytes."""
+    alpha = np.full(picture.shape[:2], 255, np.uint8)
+    alpha[:5, 20:] = 0
+    stored = np.dstack([picture, alpha])[:, : len(picture) if square else None]
+    expected = turned(load_image(np.ascontiguousarray(stored), "RGBA"), orientation)
+    flipped = np.ascontiguousarray(stored[..., [2, 1, 0, 3]])
+    good, lossless = cv2.imencode(".webp", flipped, [cv2.IMWRITE_WEBP_QUALITY, 101])
+    assert good
+    for order in "><":
+        png = png_with(encode(flipped, ".png"), exif(orientation, order))
+        np.testing.assert_array_equal(load_image(png), expected)
+        webp = webp_with(lossless.tobytes(), exif(orientation, order), stored.shape[:2])
+        # lossless WebP keeps no colours under full transparency, and none are to be seen
+        np.testing.assert_array_equal(load_image(webp), expected)
+
+
+@pytest.mark.parametrize(
+    "tiff", [b"", b"II", b"MM\0*\xff\xff\xff\xff", exif(6)[:20], exif(0), exif(9), b"XX" + exif(6)[2:]]
+)
+def test_exif_that_makes_no_sense(picture: np.ndarray, tiff: bytes) -> None:
+    png = encode(np.dstack([bgr(picture), np.full(picture.shape[:2], 255, np.uint8)]), ".png")
+    np.testing.assert_array_equal(load_image(png_with(png, tiff)), picture)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])

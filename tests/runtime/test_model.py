@@ -140,12 +140,19 @@ def test_a_caption_and_its_trace_agree(tiny_model: deixis.Model) -> None:
     assert compared > 0
 
 
-def test_no_graph_is_loaded_before_it_is_needed(tiny_bundle: Path, picture: np.ndarray) -> None:
+def test_no_graph_is_loaded_before_it_is_needed(
+    tiny_bundle: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with deixis.load(tiny_bundle, "cpu", threads=1) as model:
         assert model.info.loaded_graphs == ()
         model.encode(picture).segment(box=(5, 5, 50, 50))
         assert model.info.loaded_graphs == ("mask_decoder", "sam_encoder", "semantic_encoder")
+        ran: list[str] = []
+        run, bind = model.pipeline.engine.run, model.pipeline.engine.bind
+        monkeypatch.setattr(model.pipeline.engine, "run", lambda role, *a: (ran.append(role), run(role, *a))[1])
+        monkeypatch.setattr(model.pipeline.engine, "bind", lambda role, *a: (ran.append(role), bind(role, *a))[1])
         model.warmup()
+        assert set(ran) == set(model.manifest.graphs)
         assert set(model.info.loaded_graphs) == set(model.manifest.graphs)
         assert (model.info.device, model.info.threads) == ("cpu", 1)
         assert model.info.cache_capacity == model.manifest.caches.default_capacity

@@ -234,6 +234,59 @@ def test_deadline_and_cancel(model: Model) -> None:
     assert scene.stream_caption().caption.words[0] == first
 
 
+@pytest.mark.parametrize("task", ["caption", "refer", "trace", "segment"])
+def test_every_task_takes_a_deadline_and_a_cancel_handle(tmp_path: Path, task: str) -> None:
+    """A handle set during the n-th graph run ends the call before the next one; set in the last, it comes too late."""
+    model, engine = make_model(tmp_path)
+    scene, cancel, graph_run = model.encode(make_picture(20, 30, 1)), threading.Event(), engine.run
+    ran: list[str] = []
+    stop_in = 0
+
+    def run(role: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ran.append(role)
+        if len(ran) == stop_in:
+            cancel.set()
+        return graph_run(role, inputs)
+
+    def call(**options: object) -> object:
+        ran.clear()
+        cancel.clear()
+        scene.features.whole_prefix = None
+        chosen = DecodeOptions(max_new_tokens=2, cancel=cancel, **options)  # type: ignore[arg-type]
+        if task in ("caption", "segment"):
+            return getattr(scene, task)(box=(1, 1, 9, 9), options=chosen)
+        return getattr(scene, task)("the mug", options=chosen)
+
+    engine.run = run  # type: ignore[method-assign]
+    whole, count = call(deadline_ms=60_000), len(ran)
+    assert count == {"caption": 5, "refer": 5, "trace": 3, "segment": 1}[task]
+    for stop_in in range(1, count):
+        with pytest.raises(CancelledError):
+            call()
+        assert len(ran) == stop_in
+    stop_in = count
+    assert call() == whole
+    with pytest.raises(DeadlineError):
+        call(deadline_ms=0)
+    assert not ran
+
+
+def test_the_whole_picture_is_extracted_once_per_scene(tmp_path: Path) -> None:
+    model, engine = make_model(tmp_path)
+    scenes = model.encode([make_picture(20, 30, 1), make_picture(64, 48, 2)])
+    apart = make_model(tmp_path)[0].encode([make_picture(20, 30, 1), make_picture(64, 48, 2)])
+    asked = [(scenes[i % 2], Prompt()) for i in range(4)]
+    together = model.caption_batch(asked)
+    assert engine.runs["prompt_extractor"] == 1 and len(engine.last["prompt_extractor"]["points"]) == 2
+    assert together == [apart[i % 2].caption() for i in range(4)]
+    for scene, other in zip(scenes, apart, strict=True):
+        assert scene.caption() == other.caption() and scene.stream_caption().caption == other.caption()
+        assert scene.refer("the mug") == other.refer("the mug") and scene.trace("mug") == other.trace("mug")
+    assert engine.runs["prompt_extractor"] == 1
+    assert scenes[0].caption(box=(0, 0, 30, 20)).box == (0, 0, 30, 20)  # a region has a prefix of its own
+    assert engine.runs["prompt_extractor"] == 2
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

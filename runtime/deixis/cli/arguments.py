@@ -97,6 +97,7 @@ def _task(sub: argparse.ArgumentParser) -> None:
     _model(sub)
     sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - is the standard output")
     sub.add_argument("--overlay", metavar="FILE", help="write a picture of the result (.png, .jpg)")
+    sub.add_argument("--deadline-ms", type=_milliseconds, metavar="MS", help="give up when one answer takes longer")
 
 
 def _prompt(sub: argparse.ArgumentParser) -> None:
@@ -121,7 +122,6 @@ def _prompt(sub: argparse.ArgumentParser) -> None:
 def _decoding(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--beams", type=_positive, metavar="N", help="beam search with N hypotheses; 1 = greedy")
     sub.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest text")
-    sub.add_argument("--deadline-ms", type=_milliseconds, metavar="MS", help="give up after so long")
 
 
 def _positive(text: str) -> int:
