@@ -1,7 +1,7 @@
 """Example inputs of every graph, taken from one request that runs through the PyTorch model.
 
-The same request serves three ends: it is what graphs are traced on, what their parity is measured on, and what goes into the bundle
-as golden vectors.
+The same request serves three ends: it is what graphs are traced on, what their parity is measured on, and what goes
+into the bundle as golden vectors.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from deixis_train.models.pixelllm import PixelLLM
 from torch import Tensor
 
 from deixis_export.graphs import graph_specs, run_torch
+from deixis_train.models.pixelllm import PixelLLM
 
 # In the golden file arrays above this many values are stored in fewer bits.
-_COMPACT_VALUES = 16384
+_COMPACT_VALUES = 4096
 _COARSE_LEVELS = 16
 
 
@@ -42,7 +42,7 @@ Case = dict[str, Tensor]
 
 
 def example_picture(size: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures [B, S, S, 3] of coloured blocks, 0..255, zero outside the valid part, and that part's (height, width) [B, 2]."""
+    """Pictures [B, S, S, 3] of coloured blocks, 0..255, and their real (height, width) [B, 2]; zero outside."""
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (count, 8, 8, 3))
     cells = (np.arange(size) * 8) // size
@@ -125,7 +125,10 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
 
 
 def golden_arrays(role: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays for the golden file. Inputs are exact in fewer bits; large outputs are rounded to fp16 (5e-4 of a value)."""
+    """Arrays for the golden file.
+
+    Inputs are exact in fewer bits; large outputs are rounded to fp16 (5e-4 of a value).
+    """
     arrays: dict[str, np.ndarray] = {}
     for name, value in inputs.items():
         arrays[f"{role}/in/{name}"] = _smallest_exact(value)

@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="deixis export",
-        description="Turn a checkpoint into a bundle. Every graph is compared with the PyTorch model before anything appears.",
+        description="Turn a checkpoint into a bundle, every graph of which has been compared with the PyTorch model.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, nargs="?", help="folder of a checkpoint")
     parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle")
@@ -71,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     try:
-        from deixis_train.checkpoint import load_checkpoint
-
         from deixis_export.export import ExportOptions, export_bundle
         from deixis_export.presets import preset, random_model, random_tokenizer
+        from deixis_train.checkpoint import load_checkpoint
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
 

@@ -1,4 +1,4 @@
-"""Export: a PyTorch model becomes a bundle, one graph at a time, each compared with the model before the next begins."""
+"""Export: a PyTorch model becomes a bundle, graph by graph, each compared with the model before the next begins."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from deixis.bundle import (
     Bundle,
     Graph,
@@ -25,10 +27,6 @@ from deixis.bundle import (
     write_manifest,
 )
 from deixis.errors import ExportError
-from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.models.tiny_vit import TinyVit
-from torch import Tensor
-
 from deixis_export.cases import GOLDEN, OTHER, Case, golden_arrays, make_cases
 from deixis_export.chain import chain_parity
 from deixis_export.graphs import DECODER_ROLES, GraphSpec, graph_specs, run_torch
@@ -46,6 +44,8 @@ from deixis_export.weights import (
     total_bytes,
     write_graph,
 )
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.tiny_vit import TinyVit
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def export_bundle(
     source: str = "",
     force: bool = False,
 ) -> Bundle:
-    """Export a model. The model is changed: LoRA and BatchNorm are folded, and its weights rounded to the stored precision.
+    """Export a model. It is changed: LoRA and BatchNorm are folded, weights rounded to the stored precision.
 
     Args:
         model: in float32.
@@ -94,8 +94,9 @@ def export_bundle(
         force: replace an existing bundle.
 
     Raises:
-        ExportError: a graph or the chain differs from the model beyond tolerance, a wrong option, a full disk. Nothing is left.
-        FileExistsError: the destination exists and `force` is False.
+        ExportError: a graph or the chain differs from the model beyond tolerance, a wrong option, a full disk.
+            Nothing is left.
+        FileExistsError: the destination exists and `force` is False, or is not a bundle.
     """
     options = options or ExportOptions()
     if options.precision not in PRECISIONS:
@@ -229,8 +230,8 @@ def _describe(spec: GraphSpec, external: tuple[str, ...], precision: PrecisionNa
 def _require(name: str, record: ParityRecord) -> None:
     if not record.error <= record.tolerance:  # NaN fails
         raise ExportError(
-            f"{name} differs from {record.against} by {record.error:.1e} of the largest value, more than {record.tolerance:.0e}; "
-            "nothing was left behind"
+            f"{name} differs from {record.against} by {record.error:.1e} of the largest value, "
+            f"more than {record.tolerance:.0e}; nothing was left behind"
         )
 
 

@@ -1,7 +1,7 @@
 """The graphs of the `pixelllm` family: one small module per role, with the named inputs and outputs of docs/bundle.md.
 
-A module here only re-arranges arguments: flat lists of caches instead of pairs, float masks instead of booleans. What it computes is
-a method of `PixelLLM`. Tensors keep their logical names in the files.
+A module here only re-arranges arguments: flat lists of caches instead of pairs, float masks instead of booleans. What
+it computes is a method of `PixelLLM`. Tensors keep their logical names in the files.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
-from torch import Tensor, nn
 
 Dims = tuple[int | str, ...]
 
@@ -30,7 +31,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """What a graph takes, gives and computes. `module` builds the function, whose arguments are `inputs` in their order."""
+    """What a graph takes, gives and computes.
+
+    `module` builds the function, whose arguments are `inputs` in their order.
+    """
 
     role: str
     inputs: tuple[TensorSpec, ...]

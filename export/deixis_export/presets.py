@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from deixis_train.models.config import PRESETS, PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.tabletop.tokenizer import build_tokenizer
-from torch import nn
 
-_WORDS = """a an and are at ball behind big black blue book bottle box brown can caption cat chair cup dark fork front green grey
-image in is it knife large left light long mug near next object of on orange pear picture pink plate purple red right round small
-spoon table the there to toy two under upside where which white with yellow""".split()
+_WORDS = (
+    "a an and are at ball behind big black blue book bottle box brown can caption cat chair cup dark fork "
+    "front green grey image in is it knife large left light long mug near next object of on orange pear "
+    "picture pink plate purple red right round small spoon table the there to toy two under upside where "
+    "which white with yellow"
+)
 EOS_TILT = 2.6  # EOS' mean logit as a share of the best other one
 _CHARACTERS = 49  # pieces that are no words: special ids, punctuation, letters and digits
 
@@ -47,7 +51,7 @@ def _let_captions_end(model: PixelLLM) -> None:
 
 def random_tokenizer(vocab: int) -> str:
     """`tokenizer.json` text of a small Unigram vocabulary: everyday words, then numbered ones up to `vocab` pieces."""
-    words = _WORDS[: vocab - _CHARACTERS]
+    words = _WORDS.split()[: vocab - _CHARACTERS]
     words += [f"word{i}" for i in range(vocab - _CHARACTERS - len(words))]
     return build_tokenizer(words, vocab).to_str()
 

@@ -7,13 +7,17 @@ from types import TracebackType
 
 import numpy as np
 import onnxruntime
+
 from deixis.errors import ExportError
 
 Arrays = dict[str, np.ndarray]
 
 
 class GraphSession:
-    """A graph file whose tensors have their logical names. A context manager, so that memory is freed graph by graph."""
+    """A graph file whose tensors have their logical names.
+
+    A context manager, so that memory is freed graph by graph.
+    """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
@@ -41,7 +45,7 @@ class GraphSession:
             values = self._session.run(self.outputs, inputs)
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ExportError(f"{self._path.name} does not run: {' '.join(str(error).split())[:300]}") from error
-        return dict(zip(self.outputs, values, strict=True))
+        return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
 
 
 def relative_error(actual: Arrays, expected: Arrays) -> float:

@@ -1,31 +1,34 @@
 """From a PyTorch module to an ONNX graph with named tensors, its constants folded.
 
-TorchScript's exporter at opset 17 is used: fast, readable by every onnxruntime and TensorRT in use, and onnxruntime fuses what it
-writes. Parameters are traced as inputs, so that the protobuf stays small however large the model is; they are attached from
-the module afterwards, and every later stage handles them as arrays beside the graph.
+TorchScript's exporter at opset 17 is used: fast, readable by every onnxruntime and TensorRT in use, and onnxruntime
+fuses what it writes. Parameters are traced as inputs, so that the protobuf stays small however large the model is; they
+are attached from the module afterwards, and every later stage handles them as arrays beside the graph.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import logging
+import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from deixis_train.models.pixelllm import PixelLLM
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from deixis_export.graphs import GraphSpec
 from deixis_export.symbolic import better_reshapes
+from deixis_train.models.pixelllm import PixelLLM
 
 OPSET = 17
 
-# A folded node may not make its inputs much larger: spreading a small table over all pairs of positions is the engine's to do.
+# A folded node may not make its inputs much larger: spreading a small table over all pairs of positions is the engine's
+# to do.
 _MAX_GROWTH = 2
 _ALWAYS_FOLD_BYTES = 16 << 10
 
@@ -46,18 +49,24 @@ def trace(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> Traced
         tensor.name: {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
         for tensor in (*spec.inputs, *spec.outputs)
     }
-    buffer = io.BytesIO()
     noise = logging.getLogger("torch.onnx")
     level = noise.level
     noise.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), better_reshapes(OPSET):
-            # Tracer warnings are about sizes taken as constants; the dynamic ones are checked with other sizes afterwards.
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            better_reshapes(OPSET),
+            tempfile.TemporaryDirectory(prefix="deixis-trace-") as folder,
+        ):
+            path = Path(folder) / "graph.onnx"
+            # Tracer warnings are about sizes taken as constants; the dynamic ones are checked with other sizes
+            # afterwards.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module,
                 tuple(inputs[tensor.name] for tensor in spec.inputs),
-                buffer,
+                path,
                 dynamo=False,
                 opset_version=OPSET,
                 export_params=False,
@@ -66,9 +75,9 @@ def trace(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> Traced
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_axes=dynamic,
             )
+            traced = onnx.load(path)
     finally:
         noise.setLevel(level)
-    traced = onnx.load_from_string(buffer.getvalue())
     constants = _detach_constants(traced, module.state_dict(), keep=set(names))
     graph = TracedGraph(traced, constants)
     fold_constants(graph)
@@ -169,12 +178,16 @@ def drop_unused(traced: TracedGraph) -> None:
 
 
 def _merge_equal(traced: TracedGraph) -> None:
-    """Index tables repeat in every layer; keep one of each. Parameters are larger and rarely equal, so they are left alone."""
+    """Tables repeat in every layer; keep one of each.
+
+    Transposed weights are left alone: they are views, and never equal.
+    """
     seen: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     alias: dict[str, str] = {}
     for name, value in sorted(traced.constants.items()):
-        if value.dtype != np.float32 or value.nbytes <= _ALWAYS_FOLD_BYTES:
-            alias[name] = seen.setdefault((str(value.dtype), value.shape, value.tobytes()), name)
+        if value.flags.c_contiguous:
+            digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).digest() if value.size else b""
+            alias[name] = seen.setdefault((str(value.dtype), value.shape, digest), name)
     for node in traced.model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = alias.get(name, name)

@@ -17,7 +17,8 @@ from deixis_export.trace import TracedGraph, drop_unused
 PrecisionName = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16", "int8")
 
-# Matrices and tables of at least this size are stored at the lower precision; norms, biases and small tables stay in fp32.
+# Matrices and tables of at least this size are stored at the lower precision; norms, biases and small tables stay in
+# fp32.
 LOW_PRECISION_MIN_BYTES = 2048
 # A protobuf ends at 2 GiB; a graph above this limit gets an external file.
 EXTERNAL_LIMIT_BYTES = 1 << 30
@@ -67,8 +68,8 @@ def store_fp16(traced: TracedGraph) -> None:
 def quantize_int8(traced: TracedGraph, work: Path, exclude: tuple[str, ...] = ()) -> None:
     """Weights of MatMul to int8 per output channel, activations quantised while running (onnxruntime's dynamic scheme).
 
-    Only plain matrices of some size are taken; nodes whose name starts with an entry of `exclude` stay in fp32. `work` is a
-    directory for temporary files.
+    Only plain matrices of some size are taken; nodes whose name starts with an entry of `exclude` stay in fp32. `work`
+    is a directory for temporary files.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -107,7 +108,10 @@ def quantize_int8(traced: TracedGraph, work: Path, exclude: tuple[str, ...] = ()
 
 
 class WeightFile:
-    """An external-data file. The same bytes are stored once, whichever graphs ask for them. Use as a context manager."""
+    """An external-data file.
+
+    The same bytes are stored once, whichever graphs ask for them. Use as a context manager.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

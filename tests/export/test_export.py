@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +180,21 @@ def test_bad_use_is_one_line(
     err = capsys.readouterr().err
     assert found == code and text in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # 1.2 billion weights: 20 to 40 minutes on two cores
+def test_the_large_preset_exports_and_verifies_within_20_gib(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys\n"
+        "from deixis.cli import main as runtime\n"
+        "from deixis_export.cli import main\n"
+        "out = sys.argv[1]\n"
+        "assert main(['--preset', 'large', '--random', '--precision', 'fp16', '--out', out]) == 0\n"
+        "assert runtime(['verify', out, '--device', 'cpu']) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "bundle")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 20 << 30

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+
 from deixis.bundle import Bundle
 from deixis_export.cases import Sizes, make_cases
 from deixis_export.graphs import graph_specs, run_torch
@@ -37,15 +38,13 @@ CONTRACT = {  # docs/bundle.md
 }
 
 # Operators that the graphs may use; all of them standard and within what TensorRT takes.
-ALLOWED = set(
-    [
-        *["Add", "And", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Div", "Equal"],
-        *["Erf", "Expand", "Flatten", "Gather", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization"],
-        *["Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Pad", "Pow", "Range", "Reciprocal"],
-        *["ReduceMean", "Relu", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split"],
-        *["Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"],
-    ]
+_OPERATORS = (
+    "Add And Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather Gemm "
+    "Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Not Pad Pow Range "
+    "Reciprocal ReduceMean Relu Reshape ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub "
+    "Tanh Transpose Unsqueeze Where "
 )
+ALLOWED = set(_OPERATORS.split())
 
 
 def _path(bundle: Bundle, role: str) -> str:

@@ -1,7 +1,7 @@
 """Our own checkpoint: a directory of `config.json`, `model.safetensors` and `tokenizer.json`.
 
-Parts that were never trained (SAM's encoder, say) may be left out. The configuration then records the file that they come from, and
-loading takes them from that file: a published checkpoint, or a safetensors file with our own names.
+Parts that were never trained (SAM's encoder, say) may be left out. The configuration then records the file that they
+come from, and loading takes them from that file: a published checkpoint, or a safetensors file with our own names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class FrozenSource:
 class Checkpoint:
     """A loaded checkpoint. `model` is in evaluation mode and float32.
 
-    tasks: overrides of the bundle's task table, by task name and field. documents: text of the model card and the notice.
+    tasks: overrides of the bundle's task table, by task name and field. documents: text of the model card and the
+    notice.
     """
 
     model: PixelLLM
@@ -139,9 +140,9 @@ def load_checkpoint(directory: str | os.PathLike[str], frozen_from: str | os.Pat
 
     Args:
         directory: of `save_checkpoint`.
-        frozen_from: file with the parts that the checkpoint leaves out: the published file itself, or a `.safetensors` file with
-            our names. None looks for the published file by its recorded name beside the checkpoint and in the cache directory
-            ($DEIXIS_CACHE or ~/.cache/deixis).
+        frozen_from: file with the parts that the checkpoint leaves out: the published file itself, or a `.safetensors`
+            file with our names. None looks for the published file by its recorded name beside the checkpoint and in
+            the cache directory ($DEIXIS_CACHE or ~/.cache/deixis).
 
     Raises:
         CheckpointError: one line saying which file is absent, damaged, foreign or does not fit, and what to do.
@@ -187,6 +188,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o755)
+        for path in work.iterdir():
+            path.chmod(0o644)  # safetensors writes private files
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             target.replace(old / target.name)
@@ -275,7 +278,9 @@ def _fill_frozen(model: PixelLLM, parts: tuple[str, ...], root: Path, source: Fr
     load = load_sam if isinstance(model.config.sam, SamVitConfig) else load_mobile_sam
     encoder = wanted.get("sam_encoder")
     assert encoder is None or isinstance(encoder, SamVit | TinyVit)
-    load(found, encoder, wanted.get("prompt_encoder"), wanted.get("mask_decoder")).raise_if_incomplete(found)  # type: ignore[arg-type]
+    prompt_encoder, mask_decoder = wanted.get("prompt_encoder"), wanted.get("mask_decoder")
+    report = load(found, encoder, prompt_encoder, mask_decoder)  # type: ignore[arg-type]
+    report.raise_if_incomplete(found)
 
 
 @torch.no_grad()

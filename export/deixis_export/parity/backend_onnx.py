@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deixis.decoding import Beams, DecodeRules, beam_search, greedy
-from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.models.prompt_encoder import pixelllm_prompt
 
+from deixis.decoding import Beams, DecodeRules, beam_search, greedy
 from deixis_export.chain import GraphChain, greedy_tokens
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
 from deixis_export.presets import random_tokenizer
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.prompt_encoder import pixelllm_prompt
 
 
 @contextmanager
@@ -25,7 +25,8 @@ def open_backend(model: PixelLLM) -> Iterator[OnnxBackend]:
     """Export a model in fp32 to a temporary bundle and run that. Raises ExportError."""
     with tempfile.TemporaryDirectory(prefix="deixis-parity-") as folder:
         bundle = Path(folder) / "bundle"
-        # The export folds weights in place; the caller's model stays as it was. Text never comes in, so any tokenizer does.
+        # The export folds weights in place; the caller's model stays as it was. Text never comes in, so any tokenizer
+        # does.
         export_bundle(
             copy.deepcopy(model),
             bundle,
