@@ -8,6 +8,23 @@
         print(scene.refer("the red mug").box)
 
 Names are imported when they are first used, so `import deixis` and `import deixis.bundle` stay light.
+
+The way of a request through the modules, and so where a change belongs:
+
+    model, scene            what the user calls: load, encode, the tasks one by one and in batches, the recent scenes
+    image, exif, geometry   a picture to the network input, and the map of points between the two
+    captioning, grounding   one function per task: prompts in, graphs in their order, results out
+    prompts, tokenizer      what the caller points at or says, checked, as arrays for the graphs
+    pipeline, batching      every graph as a method on arrays; many requests packed into few runs
+    engines                 what runs a graph (onnxruntime)
+    caches, decoding        keys and values of the decoder; greedy and beam search
+    readout, masks          locations to words and boxes, logits to masks, in pixels of the user's picture
+    results                 what comes back; overlay and drawing make pictures of it
+    bundle, schema          manifest and files of a bundle; options, errors, files: what they say
+    cli                     the `deixis` command
+
+Section numbers in docstrings ("section 8") are those of PixelLLM's specification: 2 picture, 5 prompts, 7 text model,
+8 locations, 9 masks, 11 decoding.
 """
 
 from __future__ import annotations

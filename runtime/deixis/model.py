@@ -31,7 +31,7 @@ from deixis.engines import make_engine
 from deixis.errors import BundleNotFoundError, ClosedError, PromptError
 from deixis.image import Channels, Source, load_image
 from deixis.options import DecodeOptions
-from deixis.pipeline import ROLES, Pipeline
+from deixis.pipeline import GRAPHS_OF_TASK, Pipeline
 from deixis.prompts import Prompt
 from deixis.results import Caption, Grounding, Segment, Trace
 from deixis.scene import Scene, SceneStore
@@ -156,7 +156,7 @@ class Model:
             threads=pipeline.engine.threads,
             cache_capacity=pipeline.capacity,
             scene_budget_mb=self._budget_mb,
-            tasks=tuple(task for task in ROLES if not pipeline.missing(task)),
+            tasks=tuple(task for task in GRAPHS_OF_TASK if not pipeline.missing(task)),
             loaded_graphs=pipeline.engine.loaded(),
         )
 
@@ -300,7 +300,7 @@ def content_hash(picture: NDArray[np.uint8]) -> str:
 
 
 def _any_text(pipeline: Pipeline) -> str | None:
-    """The first piece of the vocabulary that is a text of its own."""
+    """The first piece of the vocabulary that is a text by itself: something to warm up with, in any language."""
     for piece in range(pipeline.manifest.tokenizer.vocab_size):
         text = pipeline.tokenizer.decode([piece]).strip()
         try:
@@ -312,10 +312,7 @@ def _any_text(pipeline: Pipeline) -> str | None:
 
 
 def _return_freed_memory() -> None:
-    """Ask glibc to hand freed memory back to the system:
-
-    it keeps small blocks otherwise, tens of MB after a few graphs.
-    """
+    """Ask glibc to hand freed memory back to the system: else it keeps small blocks, tens of MB after a few graphs."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # another C library, another system

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 
 from deixis.errors import CancelledError, DeadlineError, PromptError
 
-Check = Callable[[], None]
+Check = Callable[[], None]  # called between graph runs; raises when the call has to end
 
 
 @dataclass(frozen=True)

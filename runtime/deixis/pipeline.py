@@ -23,7 +23,7 @@ from deixis.tokenizer import TextTokenizer
 Floats = NDArray[np.float32]
 
 _TEXT = ("semantic_encoder", "sam_encoder", "prompt_extractor", "text_encoder")
-ROLES: dict[str, tuple[str, ...]] = {
+GRAPHS_OF_TASK: dict[str, tuple[str, ...]] = {
     "caption": (*_TEXT, "decoder_step"),
     "region_caption": (*_TEXT, "decoder_step"),
     "refer": (*_TEXT, "decoder_pass"),
@@ -60,7 +60,7 @@ class Pipeline:
 
     def missing(self, task: str) -> list[str]:
         """What the bundle lacks for a task: names of graphs, and the task's own entry."""
-        lacking = [f"graph {role}" for role in ROLES[task] if role not in self.manifest.graphs]
+        lacking = [f"graph {role}" for role in GRAPHS_OF_TASK[task] if role not in self.manifest.graphs]
         return lacking + ([f"task {task}"] if task != "segment" and task not in self.manifest.tasks else [])
 
     def require(self, task: str) -> None:

@@ -44,10 +44,10 @@ def caption(options: argparse.Namespace) -> int:
 
 
 def refer(options: argparse.Namespace) -> int:
-    decode = DecodeOptions(deadline_ms=options.deadline_ms)
+    limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
     def ask(scene: Scene) -> list[Result]:
-        return [scene.refer(phrase, mask=not options.no_mask, options=decode) for phrase in options.phrases]
+        return [scene.refer(phrase, mask=not options.no_mask, options=limits) for phrase in options.phrases]
 
     return _run(options, ask, overlay.draw_grounding)
 
@@ -56,10 +56,10 @@ def segment(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     if not prompts:
         raise PromptError("say what to segment: give --box or --point")
-    decode = DecodeOptions(deadline_ms=options.deadline_ms)
+    limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
     def ask(scene: Scene) -> list[Result]:
-        return [scene.segment(**prompt, options=decode) for prompt in prompts]
+        return [scene.segment(**prompt, options=limits) for prompt in prompts]
 
     def draw(image: Picture, results: Sequence[Any]) -> Picture:
         return _stack([overlay.draw_segments(image, r, **p) for r, p in zip(results, prompts, strict=True)])
@@ -68,10 +68,10 @@ def segment(options: argparse.Namespace) -> int:
 
 
 def trace(options: argparse.Namespace) -> int:
-    decode = DecodeOptions(deadline_ms=options.deadline_ms)
+    limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
     def ask(scene: Scene) -> list[Result]:
-        return [scene.trace(options.text, options=decode)]
+        return [scene.trace(options.text, options=limits)]
 
     return _run(options, ask, lambda image, results: overlay.draw_trace(image, results[0]))
 
