@@ -30,9 +30,13 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One shipped picture and what to ask about it; boxes and points in its pixels."""
+    """One shipped picture and what to ask about it; boxes and points in its pixels.
+
+    caption: False for a picture of a kind the model was not trained to describe; its boxes are then only segmented.
+    """
 
     path: Path
+    caption: bool = True
     refer: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     points: tuple[tuple[float, ...], ...] = ()
@@ -112,6 +116,7 @@ def read_suggestions(folder: Path) -> list[Suggestion]:
         found = [
             Suggestion(
                 _inside(folder, entry["file"]),
+                bool(entry.get("caption", True)),
                 tuple(str(phrase) for phrase in entry.get("refer", ())),
                 tuple(_box(box) for box in entry.get("boxes", ())),
                 tuple(tuple(float(v) for v in point) for point in entry.get("points", ())),
@@ -151,7 +156,8 @@ def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scen
     def draw_caption(results: Sequence[Any]) -> Picture:
         return overlay.draw_caption(image, results[0])
 
-    album.add(f"{stem}-caption", "caption", path, lambda: [scene.caption()], draw_caption)
+    if asked.caption:
+        album.add(f"{stem}-caption", "caption", path, lambda: [scene.caption()], draw_caption)
     if asked.trace:
         text = asked.trace
         album.add(
@@ -167,7 +173,8 @@ def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scen
         )
     for i, box in enumerate(asked.boxes, 1):
         region, cut = partial(scene.caption, box=box), partial(scene.segment, box=box)
-        album.add(f"{stem}-region-{i}", "caption of a region", path, partial(_one, region), draw_caption)
+        if asked.caption:
+            album.add(f"{stem}-region-{i}", "caption of a region", path, partial(_one, region), draw_caption)
         draw = partial(overlay.draw_segments, image, box=box)
         album.add(f"{stem}-box-{i}", "segment by box", path, partial(_one, cut), draw)
     for i, point in enumerate(asked.points, 1):
