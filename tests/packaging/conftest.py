@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,8 @@ from checkout import PICTURES
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where the documents' examples run: two shipped pictures under the names that the documents use."""
-    entries = json.loads((PICTURES / "prompts.json").read_text(encoding="utf-8"))
-    for name, entry in zip(("table.jpg", "other.jpg"), entries, strict=False):
-        shutil.copy(PICTURES / entry["file"], tmp_path / name)
+    """A folder where the documents' examples run, with the shipped pictures where a checkout has them."""
+    shutil.copytree(PICTURES, tmp_path / "models" / "pictures")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DEIXIS_MODELS", raising=False)
     return tmp_path
