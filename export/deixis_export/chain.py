@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import deixis
+from deixis import Model, load
 from deixis.bundle import ParityRecord
 from deixis.caches import CrossCache
 from deixis.decoding import Beams, Decoded, DecodeRules, beam_search, greedy
@@ -35,7 +35,7 @@ class GraphChain:
 
     def __init__(self, bundle: Path) -> None:
         self._path = bundle
-        self._model: deixis.Model | None = None
+        self._model: Model | None = None
 
     def __enter__(self) -> GraphChain:
         return self
@@ -48,7 +48,7 @@ class GraphChain:
     @property
     def pipeline(self) -> Pipeline:
         if self._model is None:
-            self._model = deixis.load(self._path, device="cpu", verify=False)
+            self._model = load(self._path, device="cpu", verify=False)
         return self._model.pipeline
 
     def release(self) -> None:
