@@ -1,7 +1,7 @@
 """Sizes of every part of PixelLLM, and the named presets.
 
-A configuration is a frozen dataclass that goes to JSON and back (`to_dict`, `from_dict`); it is stored beside the weights
-of a checkpoint. Sizes of the published models: specification sections 3 to 9.
+A configuration is a frozen dataclass that goes to JSON and back (`to_dict`, `from_dict`); it is stored beside the
+weights of a checkpoint. Sizes of the published models: specification sections 3 to 9.
 """
 
 from __future__ import annotations
