@@ -239,10 +239,10 @@ PRESETS: dict[str, PixelLLMConfig] = {
         semantic=Eva02Config(embed_dim=192, depth=4, num_heads=3),
         sam=TinyVitConfig(),
         prompt_adapter=PromptAdapterConfig(
-            depth=2, transformer_dim=128, num_outputs=4, output_dim=144, num_heads=4, mlp_dim=384
+            depth=2, transformer_dim=128, num_outputs=1, output_dim=144, num_heads=4, mlp_dim=384
         ),
         prompt_fuse="dense",
-        t5=T5Config(vocab=384, emb=144, heads=4, head_dim=32, layers=3, mlp=320, enc_rank=0, dec_rank=0),
+        t5=T5Config(vocab=128, emb=144, heads=4, head_dim=32, layers=3, mlp=320, enc_rank=0, dec_rank=0),
         point_predictor=PointPredictorConfig(hidden_dim=192),
         mask_adapter=None,
         max_caption_length=64,
