@@ -202,7 +202,9 @@ class Manifest:
     tasks: dict[str, TaskSpec]  # "caption", "region_caption", "trace", "refer"
     mask: MaskSpec
     parity: dict[str, ParityRecord]
-    golden: str  # npz of golden vectors: "<role>/in/<name>" and "<role>/out/<name>"
+    # npz of golden vectors: "<role>/in/<name>" and "<role>/out/<name>"; "<role>/out[::k]/<name>" holds every k-th value
+    # of an output in row-major order
+    golden: str
     provenance: Provenance
 
     def to_json(self) -> str:

@@ -16,6 +16,7 @@ from deixis.bundle import Bundle, open_bundle
 from deixis.errors import ExportError
 from deixis_export import cli
 from deixis_export import export as exporting
+from deixis_export.cases import golden_arrays
 from deixis_export.presets import random_model, random_tokenizer
 from deixis_export.trace import TracedGraph
 from deixis_train.checkpoint import save_checkpoint
@@ -73,6 +74,13 @@ def test_golden_vectors_cover_every_tensor(bundle: Bundle) -> None:
     for role, graph in bundle.manifest.graphs.items():
         expected |= {f"{role}/in/{name}" for name in graph.inputs} | {f"{role}/out/{name}" for name in graph.outputs}
     assert names == expected
+
+
+def test_very_large_golden_outputs_are_sampled() -> None:
+    value = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
+    arrays = golden_arrays("role", {}, {"map": value})
+    assert list(arrays) == ["role/out[::7]/map"]
+    np.testing.assert_allclose(arrays["role/out[::7]/map"], value.ravel()[::7].astype(np.float16))
 
 
 def test_a_graph_that_differs_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,17 @@ def test_verify_finds_a_difference(capsys: Captured, tiny: Path, wrong: float) -
     assert line.startswith("decoder_step logits")
 
 
+@pytest.mark.parametrize(("wrong", "expected"), [(1.0, 0), (1.001, 1)])
+def test_verify_with_every_third_value(capsys: Captured, tiny: Path, wrong: float, expected: int) -> None:
+    def change(arrays: dict[str, Any]) -> None:
+        logits = arrays.pop("decoder_step/out/logits")
+        arrays["decoder_step/out[::3]/logits"] = logits.ravel()[::3] * np.float32(wrong)
+
+    change_golden(tiny, change)
+    code, out, _ = run(capsys, "verify", tiny)
+    assert code == expected and "decoder_step logits" in out
+
+
 def test_verify_with_unusable_vectors(capsys: Captured, tiny: Path) -> None:
     change_golden(tiny, lambda arrays: arrays.pop("decoder_step/in/ids"))
     fails(capsys, 1, "graph decoder_step: inputs ['ids'] missing", "verify", tiny)

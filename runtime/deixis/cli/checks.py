@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import time
 import zipfile
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def compare_golden(bundle: Bundle, engine: Engine) -> list[Comparison]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for role, graph in manifest.graphs.items():
-                inputs = _of_role(arrays, f"{role}/in/")
-                expected = _of_role(arrays, f"{role}/out/")
+                inputs = {name: array for name, _, array in _of_role(arrays, role, "in")}
+                expected = _of_role(arrays, role, "out")
                 if expected:
                     rows += _compare(role, graph, engine, inputs, expected, manifest.parity.get(f"graph/{role}"))
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
@@ -100,23 +101,32 @@ def compare_golden(bundle: Bundle, engine: Engine) -> list[Comparison]:
     return rows
 
 
-def _of_role(arrays: Any, prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix): arrays[name] for name in arrays.files if name.startswith(prefix)}
+def _of_role(arrays: Any, role: str, side: str) -> list[tuple[str, int, Array]]:
+    """(logical name, stride, array) of "<role>/<side>/<name>", or of "<role>/<side>[::<stride>]/<name>"."""
+    pattern = re.compile(rf"{re.escape(role)}/{side}(?:\[::([1-9]\d{{0,8}})\])?/(.+)")
+    found = [(match, name) for name in arrays.files if (match := pattern.fullmatch(name))]
+    return [(match[2], int(match[1] or 1), arrays[name]) for match, name in found]
 
 
 def _compare(
-    role: str, graph: Graph, engine: Engine, inputs: dict[str, Array], expected: dict[str, Array], parity: Any
+    role: str,
+    graph: Graph,
+    engine: Engine,
+    inputs: dict[str, Array],
+    expected: list[tuple[str, int, Array]],
+    parity: Any,
 ) -> list[Comparison]:
     missing = sorted(set(graph.inputs) - set(inputs))
-    unknown = sorted((set(inputs) - set(graph.inputs)) | (set(expected) - set(graph.outputs)))
+    unknown = sorted((set(inputs) - set(graph.inputs)) | ({name for name, _, _ in expected} - set(graph.outputs)))
     if missing or unknown or parity is None:
         what = f"inputs {missing} missing" if missing else f"unknown {unknown}" if unknown else "no parity record"
         raise KeyError(f"graph {role}: {what}")
     outputs = engine.run(role, {name: a.astype(graph.inputs[name].dtype) for name, a in inputs.items()})
     rows = []
-    for name, stored in expected.items():
+    for name, stride, stored in expected:
         allowed = parity.tolerance + (_HALF_ROUNDING if stored.dtype == np.float16 else 0.0)
-        rows.append(Comparison(role, name, relative_error(outputs[name], stored), float(allowed)))
+        found = outputs[name] if stride == 1 else outputs[name].ravel()[::stride]
+        rows.append(Comparison(role, name, relative_error(found, stored), float(allowed)))
     return rows
 
 

@@ -211,5 +211,5 @@ def train(
         if (step + 1) % 25 == 0:
             stage.report(step + 1, steps, {name: loss.item() for name, loss in parts.items()} | figures)
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            stage.report(step + 1, steps, held_out(model, held_scenes, 60))
+            stage.report(step + 1, steps, held_out(model, held_scenes, 40))
             stage.save(step + 1)
