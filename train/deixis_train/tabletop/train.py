@@ -184,7 +184,7 @@ def train(
     names: Names,
     *,
     steps: int,
-    batch: int = 16,
+    batch: int = 10,
     rate: float = 1e-3,
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
