@@ -5,7 +5,8 @@
 #   make check         format, lint, types, import rules
 #   make format        put the format right
 #   make wheel         the wheel, demo model included, in dist
-#   make real-weights  fetch MobileSAM and Flan-T5-small by hash into the cache, for the tests that want real weights
+#   make real-weights  fetch MobileSAM and Flan-T5-small by hash into the cache, for the tests that want real weights, for
+#                      training the demo and for exporting its checkpoint
 
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -1,7 +1,7 @@
-"""Example inputs of every graph, taken from one request that runs through the PyTorch model.
+"""Example inputs of every graph, taken from a request that runs through the PyTorch model.
 
-The same request serves three ends: it is what graphs are traced on, what their parity is measured on, and what goes
-into the bundle as golden vectors.
+It runs at two sizes: parity is measured on both, GOLDEN goes into the bundle as golden vectors, and graphs are traced
+on OTHER.
 """
 
 from __future__ import annotations

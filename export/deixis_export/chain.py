@@ -27,7 +27,7 @@ from deixis_train.models.prompt_encoder import corners, pixelllm_prompt
 CHAIN_TOLERANCE = 2e-3  # continuous values at the end of the chain
 EXACT = 0.0
 CHAIN_LENGTH = 16  # of the captions compared at export
-INT8_TOLERANCE = 1.0  # recorded only: one flipped word changes all that follow
+INT8_TOLERANCE = 1.0  # in effect recorded only: one flipped word changes all that follow
 
 
 class GraphChain:
@@ -75,7 +75,9 @@ class GraphChain:
         return self.run("prompt_extractor", inputs)["visual_prefix"]
 
     def encode_text(self, visual: np.ndarray, context: np.ndarray | None) -> CrossCache:
-        """context [N, C], 0 = padding; None leaves it out (C = 0: positions without meaning differ otherwise)."""
+        """context [N, C], 0 = padding. None leaves it out: C = 0, which bundles do not promise but parity needs, for
+        positions without meaning differ otherwise.
+        """
         ids = np.zeros((len(visual), 0), np.int64) if context is None else context.astype(np.int64)
         outputs = self.run("text_encoder", {"visual_prefix": visual, "context_ids": ids})
         return CrossCache.from_outputs(outputs, self.pipeline.manifest.caches.cross_cache.layers)

@@ -1,4 +1,7 @@
-"""Models of random weights at preset sizes, for tests and benchmarks. Nothing in them is trained."""
+"""Models of random weights at preset sizes, for tests and benchmarks. Nothing in them is trained.
+
+The sizes themselves are `PRESETS` of `deixis_train.models.config`.
+"""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ The way of a request through the modules, and so where a change belongs:
     bundle, schema          manifest and files of a bundle; options, errors, files: what they say
     cli                     the `deixis` command
 
-Section numbers in docstrings ("section 8") are those of PixelLLM's specification: 2 picture, 5 prompts, 7 text model,
-8 locations, 9 masks, 11 decoding.
+Section numbers in docstrings ("section 8") are those of a specification of PixelLLM that is not in the repository:
+2 picture, 5 prompts, 7 text model, 8 locations, 9 masks, 11 decoding (docs/architecture.md has them all).
 """
 
 from __future__ import annotations

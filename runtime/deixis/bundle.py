@@ -41,7 +41,7 @@ class Format:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    family: str  # "pixelllm" or "glamm"
+    family: str  # "pixelllm", so far the only one
     name: str
     revision: int = 1  # of the graph contract of this family
 

@@ -1,11 +1,11 @@
-"""Every error that deixis raises on purpose.
+"""Every error that runtime and export raise on purpose (training has `CheckpointError` in its loaders).
 
 DeixisError
 ├── BundleError (ValueError)                    something is wrong with a bundle
 │   ├── BundleNotFoundError (FileNotFoundError)     no such bundle
 │   ├── BundleFormatError                           the manifest is not what the format says (lists every problem)
-│   ├── BundleVersionError                          written by a newer deixis
-│   └── BundleIntegrityError                        a file is missing, altered, truncated or outside the bundle
+│   ├── BundleVersionError                          of a format version that this deixis does not read
+│   └── BundleIntegrityError                        a file is missing, altered, truncated or a link
 ├── DeviceError (RuntimeError)                  unknown device, or its engine is not installed
 ├── EngineError (RuntimeError)                  the engine failed while loading or running a graph
 ├── ImageError (ValueError)                     a picture that cannot be read or used
@@ -45,11 +45,11 @@ class BundleFormatError(BundleError):
 
 
 class BundleVersionError(BundleError):
-    """The bundle's format is newer than this runtime reads."""
+    """The bundle's format has another major version, or a newer minor one with fields unknown to this runtime."""
 
 
 class BundleIntegrityError(BundleError):
-    """A file is missing, altered, truncated, a link, or outside the bundle. `problems` lists all of them."""
+    """A file is missing, altered, truncated or a link. `problems` lists all of them."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)

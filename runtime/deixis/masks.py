@@ -2,8 +2,7 @@
 
 The code counts runs of equal pixels down the columns (column-major), starting with background. The counts are written
 as text, five bits a character from '0' on with a continuation bit, each count from the fourth on as a difference to
-the one two
-places before: the same text that pycocotools writes.
+the one two places before: the same text that pycocotools writes.
 """
 
 from __future__ import annotations

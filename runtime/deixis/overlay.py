@@ -1,8 +1,7 @@
 """Pictures of results, to be looked at: traces through their words, boxes with labels, masks, prompts.
 
 Every function takes the original picture (RGB uint8 [H, W, 3]) and results in its pixels, and returns a new RGB uint8
-picture of
-readable size: the longest side is brought to 800..1600 px, and texts stand in a panel below.
+picture of readable size: the longest side is brought to 800..1600 px, and texts stand in a panel below.
 """
 
 from __future__ import annotations

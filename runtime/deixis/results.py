@@ -160,8 +160,8 @@ class Mask:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The place of a phrase: its box, and its mask where the bundle can make one. score: the mask decoder's predicted
-    IoU.
+    """The place of a phrase: its box, and its mask unless it was not asked for. score: the mask decoder's
+    predicted IoU, None without a mask.
     """
 
     text: str

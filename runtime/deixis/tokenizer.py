@@ -99,10 +99,8 @@ def words_of(text: str, spans: tuple[Span, ...] | list[Span]) -> list[WordPieces
     starts, ends = [start for start, _ in words], [end for _, end in words]
     pieces: list[list[int]] = [[] for _ in words]
     for index, (start, end) in enumerate(spans):
-        first, behind = (
-            bisect_right(ends, start),
-            bisect_left(starts, end),
-        )  # words first .. behind - 1 share a character
+        # words first .. behind - 1 share a character
+        first, behind = bisect_right(ends, start), bisect_left(starts, end)
         if start == end or first >= behind:
             first, behind = bisect_left(starts, end), bisect_left(starts, end) + 1
         for own in pieces[first:behind]:

@@ -27,8 +27,7 @@ class OrtEngine:
     """Graphs of one bundle as onnxruntime sessions, loaded on first use. Safe to use from several threads.
 
     threads: of one graph run; None leaves the number to onnxruntime (one per physical core). Idle threads sleep instead
-    of
-    spinning: decoding is many short runs, and a spinning pool takes cores from everybody else. Measured on two busy
+    of spinning: decoding is many short runs, and a spinning pool takes cores from everybody else. Measured on two busy
     cores (36 small products, 2 threads): 10.8 ms asleep, 16.7 ms spinning, and 5.5 against 8.5 ms of processor time.
     """
 
@@ -127,10 +126,7 @@ class OrtEngine:
             raise EngineError(f"{path}: onnxruntime cannot load graph {role}: {_one_line(error)}") from error
 
     def _works(self, device: str) -> bool:
-        """Open the smallest graph on a device:
-
-        onnxruntime lists CUDA when it was built with it, not when it runs here.
-        """
+        """Open the smallest graph on a device: onnxruntime lists CUDA when it was built with it, not when it runs."""
         graphs, files = self._bundle.manifest.graphs, self._bundle.manifest.files
         smallest = min(graphs, key=lambda role: files[graphs[role].file].bytes)
         try:

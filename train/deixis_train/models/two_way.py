@@ -41,9 +41,7 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, q: Tensor, k: Tensor, q_code: Tensor, k_code: Tensor) -> tuple[Tensor, Tensor]:
-        if (
-            self.first
-        ):  # the tokens are their own position code still, so the first block neither adds it nor a residual
+        if self.first:  # the tokens still are their own position code: neither that nor a residual is added
             q = self.self_attn(q, q, q)
         else:
             coded = q + q_code

@@ -1,4 +1,4 @@
-"""Command line of the demo's training; see the package docstring."""
+"""Train the demo model, stage by stage; docs/training.md says what each stage does."""
 
 from __future__ import annotations
 
