@@ -65,19 +65,16 @@ def store_fp16(traced: TracedGraph) -> None:
     traced.model.graph.node.extend(copies)
 
 
-def quantize_int8(traced: TracedGraph, work: Path, exclude: tuple[str, ...] = ()) -> None:
+def quantize_int8(traced: TracedGraph, work: Path) -> None:
     """Weights of MatMul to int8 per output channel, activations quantised while running (onnxruntime's dynamic scheme).
 
-    Only plain matrices of some size are taken; nodes whose name starts with an entry of `exclude` stay in fp32. `work`
-    is a directory for temporary files.
+    Only plain matrices of some size are taken. `work` is a directory for temporary files.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     def taken(node: onnx.NodeProto) -> bool:
         weight = traced.constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        if weight is None or weight.ndim != 2 or not stored_low(weight.shape, weight.nbytes):
-            return False
-        return not (exclude and node.name.startswith(exclude))
+        return weight is not None and weight.ndim == 2 and stored_low(weight.shape, weight.nbytes)
 
     names = [node.name for node in traced.model.graph.node if taken(node)]
     if not names:

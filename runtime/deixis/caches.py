@@ -104,11 +104,10 @@ class DecodeState:
 
     cross: CrossCache
     self_cache: SelfCache
-    beams: int
 
     @classmethod
     def start(cls, cross: CrossCache, spec: CacheSpec, beams: int, capacity: int) -> DecodeState:
-        return cls(cross, SelfCache(spec, cross.rows * beams, capacity), beams)
+        return cls(cross, SelfCache(spec, cross.rows * beams, capacity))
 
 
 class StepDecoder:

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from deixis.bundle import ImageSpec
 from deixis.errors import ImageError
 from deixis.exif import orientation_of, turn
-from deixis.geometry import Geometry, fit_inside
-
-__all__ = ["Channels", "Geometry", "Source", "fit_inside", "load_image", "prepare"]
+from deixis.geometry import Geometry
 
 Channels = Literal["RGB", "BGR", "RGBA", "BGRA", "GRAY"]
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8]

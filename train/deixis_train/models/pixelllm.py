@@ -148,10 +148,6 @@ class PixelLLM(nn.Module):
         image_pe = self.prompt_encoder.dense_pe(self.sam_grid, self.sam_grid)
         return self.mask_decoder(sparse, sam[image_index], image_pe, self.prompt_encoder.no_mask())
 
-    def segment(self, sam: Tensor, image_index: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks of SAM prompts: `decode_masks` of the encoded points [R, P, 2] px and labels [R, P]."""
-        return self.decode_masks(sam, image_index, self.prompt_encoder(points, labels))
-
     def mask(
         self, sam: Tensor, image_index: Tensor, boxes: Tensor, visual: Tensor, text_features: Tensor
     ) -> tuple[Tensor, Tensor]:
