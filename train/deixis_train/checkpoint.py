@@ -6,12 +6,11 @@ come from, and loading takes them from that file: a published checkpoint, or a s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deixis.bundle import sha256_of
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.loaders.real_weights import default_cache
 from deixis_train.loaders.report import CheckpointError
@@ -156,7 +156,8 @@ def load_checkpoint(directory: str | os.PathLike[str], frozen_from: str | os.Pat
         raise CheckpointError(f"{root / CONFIG}: not a configuration that this version builds: {error}") from None
     omitted = values.get("omitted") or {}
     parts = tuple(omitted.get("parts", ()))
-    _fill(model, root / WEIGHTS, tuple(f"{part}." for part in parts))
+    left_out = tuple(f"{part}." for part in parts)
+    _fill(model, root / WEIGHTS, lambda name: not name.startswith(left_out), whole=True)
     source = None
     if parts:
         source = FrozenSource(str(omitted["file"]), str(omitted["sha256"]), int(omitted["bytes"]))
@@ -228,18 +229,22 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(model: PixelLLM, path: Path, omitted: tuple[str, ...] = ()) -> None:
-    """Copy every tensor of a safetensors file with our names; everything but `omitted` prefixes must be there."""
-    own = {k: v for k, v in model.state_dict(keep_vars=True).items() if not (omitted and k.startswith(omitted))}
+def _fill(model: PixelLLM, path: Path, wanted: Callable[[str], bool], *, whole: bool) -> None:
+    """Copy the tensors whose names are `wanted` from a safetensors file with our names; all of them must be there.
+
+    With `whole` the file may hold nothing else.
+    """
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if wanted(name)}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             _require(not (missing := sorted(set(own) - names)), path, "lacks", missing)
-            _require(not (extra := sorted(names - set(own))), path, "holds names the model has not:", extra)
+            extra = sorted(names - set(own)) if whole else []
+            _require(not extra, path, "holds names the model has not:", extra)
             for name, receiver in own.items():
                 value = file.get_tensor(name)
-                found, wanted = tuple(value.shape), tuple(receiver.shape)
-                _require(found == wanted, path, f"has {found} where the model has {wanted}:", [name])
+                found, needed = tuple(value.shape), tuple(receiver.shape)
+                _require(found == needed, path, f"has {found} where the model has {needed}:", [name])
                 receiver.copy_(value)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the checkpoint is not complete") from None
@@ -266,7 +271,8 @@ def _fill_frozen(model: PixelLLM, parts: tuple[str, ...], root: Path, source: Fr
             f"{' or '.join(str(p) for p in places)}; `make real-weights` fetches it, or name the file with --frozen"
         )
     if found.suffix == ".safetensors":
-        _fill_parts(model, parts, found)
+        prefixes = tuple(f"{part}." for part in parts)
+        _fill(model, found, lambda name: name.startswith(prefixes), whole=False)
         return
     if found.stat().st_size != source.bytes or _sha256(found) != source.sha256:
         raise CheckpointError(
@@ -283,27 +289,8 @@ def _fill_frozen(model: PixelLLM, parts: tuple[str, ...], root: Path, source: Fr
     report.raise_if_incomplete(found)
 
 
-@torch.no_grad()
-def _fill_parts(model: PixelLLM, parts: tuple[str, ...], path: Path) -> None:
-    prefixes = tuple(f"{part}." for part in parts)
-    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name.startswith(prefixes)}
-    try:
-        with safe_open(path, framework="pt") as file:
-            _require(not (missing := sorted(set(own) - set(file.keys()))), path, "lacks", missing)
-            for name, receiver in own.items():
-                value = file.get_tensor(name)
-                _require(value.shape == receiver.shape, path, f"has {tuple(value.shape)} for", [name])
-                receiver.copy_(value)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-
-
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from deixis_export.manifest import REFER_RULE, TRACE_RULE
 from deixis_export.parity.backend import Caption, Floats, Ids, TextPass
 from deixis_export.parity.context import Context, as_floats, as_ids, emitted, rows, scores_of_filled
 from deixis_export.parity.report import CHAIN_TOLERANCE, EXACT, Array, GoldenFile, Report
@@ -22,9 +23,6 @@ from deixis_train.models.point_head import points_to_box, to_pixels, valid_token
 from deixis_train.models.prompt_encoder import corner_prompt
 
 Compute = Callable[[], Array]
-
-TRACE_RULE = "begin,end,pad"
-REFER_RULE = "^end-1"
 
 
 class Chain:

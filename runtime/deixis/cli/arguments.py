@@ -9,9 +9,9 @@ from typing import NoReturn
 
 from deixis._version import __version__
 from deixis.cli import parts
+from deixis.engines import DEVICES
 
 DEFAULT_BUNDLE = "tabletop"
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
 
 class Parser(argparse.ArgumentParser):

