@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from exporting import TINY
 from safetensors.torch import save_file
 
 from deixis_export.presets import random_model, random_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY, export
+from exporting import TINY, export
 
 from deixis.bundle import Bundle, open_bundle
 from deixis.errors import ExportError

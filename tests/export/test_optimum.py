@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY
+from exporting import TINY
 
 from deixis_export.cases import Sizes, make_cases
 from deixis_export.graphs import graph_specs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import make_picture
 
 import deixis
 
@@ -30,10 +31,3 @@ def tiny_model(tiny_bundle: Path) -> Iterator[deixis.Model]:
 def picture() -> np.ndarray:
     """RGB uint8 [90, 120, 3]: smooth colours with a few blocks."""
     return make_picture(90, 120, 0)
-
-
-def make_picture(height: int, width: int, seed: int) -> np.ndarray:
-    """RGB uint8 [height, width, 3] of random colour blocks."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 5 // width
-    return np.ascontiguousarray(blocks[rows[:, None], columns[None]])

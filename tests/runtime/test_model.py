@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import make_picture
+from pictures import make_picture
 
 import deixis
 from deixis import DecodeOptions, Prompt

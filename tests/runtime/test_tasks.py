@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_picture
 from fakes import LENGTH, SIZE, FakeEngine, make_manifest, make_model, make_tokenizer
+from pictures import make_picture
 
 from deixis import DecodeOptions, Model, Prompt
 from deixis.bundle import TaskSpec
