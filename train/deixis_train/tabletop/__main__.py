@@ -26,7 +26,7 @@ from deixis_train.tabletop.scenes import (
     shards,
 )
 from deixis_train.tabletop.tokenizer import build_tokenizer
-from deixis_train.tabletop.train import TRAINED, train
+from deixis_train.tabletop.train import TRAINED, make_helpers, train
 from deixis_train.tabletop.warmup import warm_up
 
 
@@ -122,18 +122,22 @@ def main() -> None:
         pairs = list(zip(folders, caches, strict=True))
         train(model, tokenizer, pairs[1], pairs[0], out, class_names(folders[0]), steps=options.steps)
     if wanted("checkpoint"):
-        write_checkpoint(model, out, options.mobile_sam)
+        write_checkpoint(model, out, options.mobile_sam, class_names(folders[0]))
 
 
-def write_checkpoint(model: PixelLLM, out: Path, mobile_sam: Path) -> None:
+def write_checkpoint(model: PixelLLM, out: Path, mobile_sam: Path, names: Names) -> None:
     """Put what the stages trained into `out`/checkpoint; MobileSAM's parts are left out and named."""
     warm = torch.load(out / "warmup.pt", weights_only=True)["modules"]
     model.semantic_encoder.load_state_dict(warm["semantic_encoder"])
-    trained = torch.load(out / "train.pt", weights_only=True)["modules"]["model"]
+    state = torch.load(out / "train.pt", weights_only=True)["modules"]
+    trained = state["model"]
     for name in TRAINED:
         prefix = f"{name}."
         part = {key.removeprefix(prefix): value for key, value in trained.items() if key.startswith(prefix)}
         getattr(model, name).load_state_dict(part)
+    helpers = make_helpers(model, names)
+    helpers.load_state_dict(state["helpers"])
+    helpers.fold_scale(model.prompt_adapter.image_projection)
     greedy = {"beams": 1, "beams_per_node": 1}  # captions of this small language gain nothing from beams
     tasks = {
         "caption": {"instruction": CAPTION, **greedy},

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from deixis_train.tabletop.losses import box_loss, iou
 
+OCCUPIED_WEIGHT = 5.0
+
 Names = dict[str, list[str]]  # "kinds" and "colours", in the order of the class numbers
 
 
@@ -59,9 +61,12 @@ def cell_losses(outputs: tuple[Tensor, ...], occupied: Tensor, targets: Tensor) 
     kinds, colours, boxes = (x.float() for x in outputs)
     weight = occupied.float()
     kind = torch.where(occupied, targets[..., 0].long() + 1, 0)
+    # Most cells are empty: occupied ones count more, so that kinds are learned as soon as emptiness is.
+    importance = torch.where(occupied, OCCUPIED_WEIGHT, 1.0)
+    kind = F.cross_entropy(kinds.flatten(0, 2), kind.flatten(), reduction="none")
     colour = F.cross_entropy(colours.flatten(0, 2), targets[..., 1].long().flatten(), reduction="none")
     return {
-        "kind": F.cross_entropy(kinds.flatten(0, 2), kind.flatten()),
+        "kind": (kind * importance.flatten()).sum() / importance.sum(),
         "colour": (colour * weight.flatten()).sum() / weight.sum().clamp(min=1),
         "box": box_loss(boxes, targets[..., 2:], weight),
     }

@@ -88,6 +88,10 @@ class SceneData:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def whole(self, index: np.ndarray) -> Tensor:
+        """Boxes that mean the whole pictures [B, 4], px."""
+        return torch.tensor([[0.0, 0.0, float(self.scenes[i].width), float(self.scenes[i].height)] for i in index])
+
     def features(self, index: np.ndarray) -> Tensor:
         """Fused features [B, g, g, C1 + C2] float32, semantic channels first."""
         fused = np.concatenate([self.semantic[index], self.sam[index]], axis=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from deixis_train.tabletop.losses import box_loss, iou
 from deixis_train.tabletop.rows import Row, SceneData, decoder_arrays, pad_ids
 from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
 
-REFERS, REGIONS = 3, 2  # rows of a scene in a batch, beside one caption
+REFERS, REGIONS = 3, 1  # rows of a scene in a batch, beside one caption
 SMOOTHING = 0.1
 TRAINED = ("prompt_adapter", "visual_projection", "text", "point_predictor")  # parts of the model
 
@@ -57,10 +57,9 @@ def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cel
             rows.append(row)
             prompt.append(which)
             cells.append((owner == row.thing) & (row.thing >= 0))
-    whole = [(0.0, 0.0, float(data.scenes[i].width), float(data.scenes[i].height)) for i in index]
     return Batch(
         data.features(index),
-        torch.tensor(whole),
+        data.whole(index),
         torch.tensor(points, dtype=torch.float32),
         torch.tensor(labels),
         torch.tensor(pictures),
@@ -104,8 +103,7 @@ class Outputs:
 
 def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
     """Run the rows, teacher-forced on `ids` [R, L]."""
-    pictures = torch.arange(len(batch.whole))
-    prefix = model.extract_prompt(batch.features, pictures, *pixelllm_prompt(batch.whole, 1.0))
+    prefix = whole_prefix(model, batch.features, batch.whole)
     if len(batch.region_points):
         region = model.extract_prompt(batch.features, batch.region_picture, batch.region_points, batch.region_labels)
         prefix = torch.cat([prefix, region])
@@ -119,17 +117,85 @@ def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
 
 
 class Helpers(nn.Module):
-    """Read-outs that only help to learn; they are thrown away afterwards."""
+    """What only helps to learn: read-outs that are thrown away, and the scale of the features.
 
-    def __init__(self, width: int, names: Names) -> None:
+    SAM's features are ten times smaller than the semantic ones, and an optimizer that moves all weights alike would
+    learn from them ten times slower. So the extractor is trained on standardised features; `fold_scale` gives the scale
+    to its weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, channels: int, names: Names) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
         self.matcher = nn.Linear(width, 1)  # is this cell part of the object meant?
         self.cells = CellHeads(width, names)
+
+    def measure(self, features: Tensor) -> None:
+        """Take mean and spread of every channel from sample features [B, g, g, C]."""
+        self.mean.copy_(features.mean(dim=(0, 1, 2)))
+        self.std.copy_(features.std(dim=(0, 1, 2)).clamp(min=1e-4))
+
+    def standardize(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+    @torch.no_grad()
+    def fold_scale(self, projection: nn.Linear) -> None:
+        """Make `projection`, trained on standardised features, take the features as they are."""
+        projection.weight.div_(self.std)
+        projection.bias.sub_(projection.weight @ self.mean)
+
+
+def warm_up_extractor(
+    model: PixelLLM, data: SceneData, out: Path, names: Names, *, steps: int = 2400, batch: int = 32, rate: float = 3e-3
+) -> dict[str, Tensor]:
+    """Teach the extractor alone the dense objective on its image tokens: the text model then starts on tokens that tell
+    something. Resumes from `out`; returns the state of the helpers.
+    """
+    helpers = make_helpers(model, names)
+    trained = nn.ModuleDict({name: getattr(model, name) for name in ("prompt_adapter", "visual_projection")})
+    optimizer = adamw([trained, helpers.cells], weight_decay=0.01)
+    stage = Stage(out, "extractor", {"model": trained, "helpers": helpers}, optimizer)
+    first = stage.resume()
+    if first == 0:
+        helpers.measure(data.features(np.arange(0, len(data), max(1, len(data) // 256))))
+    for step in range(first, steps):
+        rng = np.random.default_rng((5, step))
+        index = rng.choice(len(data), batch, replace=False)
+        occupied, targets = (torch.from_numpy(array) for array in data.cells[index])
+        set_learning_rate(optimizer, cosine(step, steps, rate, warmup=50))
+        with torch.autocast("cpu", torch.bfloat16):
+            prefix = whole_prefix(model, helpers.standardize(data.features(index)), data.whole(index))
+            seen = helpers.cells(prefix.unflatten(1, occupied.shape[1:]))
+        parts = cell_losses(seen, occupied, targets)
+        optimizer.zero_grad()
+        torch.stack(list(parts.values())).sum().backward()
+        nn.utils.clip_grad_norm_([*trained.parameters(), *helpers.cells.parameters()], 1.0)
+        optimizer.step()
+        if (step + 1) % 25 == 0:
+            figures = cell_figures(seen, occupied, targets)
+            stage.report(step + 1, steps, {name: loss.item() for name, loss in parts.items()} | figures)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            stage.save(step + 1)
+    return helpers.state_dict()
+
+
+def make_helpers(model: PixelLLM, names: Names) -> Helpers:
+    config = model.config
+    return Helpers(config.t5.emb, config.semantic.embed_dim + config.sam.out_chans, names)
+
+
+def whole_prefix(model: PixelLLM, features: Tensor, whole: Tensor) -> Tensor:
+    """Visual prefixes [B, Q, E] of the prompts that mean whole pictures [B, 4]."""
+    return model.extract_prompt(features, torch.arange(len(whole)), *pixelllm_prompt(whole, 1.0))
 
 
 def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
     ids, boxes, has_box = decoder_arrays(batch.rows)
-    out = run_rows(model, batch, ids)
+    out = run_rows(model, replace(batch, features=helpers.standardize(batch.features)), ids)
     refer = torch.tensor([row.task == "refer" for row in batch.rows])
     # The box of an expression is read where the end is predicted (section 8); the words before only help to learn.
     last = F.pad(ids[:, 1:] == 1, (0, 1))
@@ -156,17 +222,18 @@ def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, T
 
 
 @torch.inference_mode()
-def held_out(model: PixelLLM, data: SceneData, limit: int) -> dict[str, float]:
+def held_out(model: PixelLLM, helpers: Helpers, data: SceneData, limit: int) -> dict[str, float]:
     """P@0.5 and mean IoU over every expression of the first `limit` scenes, in torch."""
     ratios = []
     for i in range(min(limit, len(data))):
         scene = data.scenes[i]
         if not scene.refers:
             continue
-        whole = torch.tensor([[0.0, 0.0, float(scene.width), float(scene.height)]])
+        index = np.array([i])
         empty = torch.zeros(0, 5, 2), torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         prompt, cells = torch.zeros(len(scene.refers), dtype=torch.long), torch.zeros(0)
-        batch = Batch(data.features(np.array([i])), whole, *empty, scene.refers, prompt, cells, cells, cells)
+        features = helpers.standardize(data.features(index))
+        batch = Batch(features, data.whole(index), *empty, scene.refers, prompt, cells, cells, cells)
         ids, boxes, _ = decoder_arrays(scene.refers)
         locations = run_rows(model, batch, ids).locations
         last = F.pad(ids[:, 1:] == 1, (0, 1))
@@ -188,16 +255,17 @@ def train(
     rate: float = 1e-3,
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
-    helpers = Helpers(model.config.t5.emb, names)
+    scenes, held_scenes = SceneData(*data, tokenizer, names), SceneData(*held, tokenizer, names)
+    model.eval()  # no dropout: it costs a third of a step, and the run is too short to over-fit
+    helpers = make_helpers(model, names)
+    helpers.load_state_dict(warm_up_extractor(model, scenes, out, names))
     trained = nn.ModuleDict({name: getattr(model, name) for name in TRAINED})
     optimizer = adamw([trained, helpers], weight_decay=0.01)
     stage = Stage(out, "train", {"model": trained, "helpers": helpers}, optimizer)
     first = stage.resume()
     if first >= steps:
         return
-    scenes, held_scenes = SceneData(*data, tokenizer, names), SceneData(*held, tokenizer, names)
     cell_px = model.config.image_size // model.grid
-    model.eval()  # no dropout: it costs a third of a step, and the run is too short to over-fit
     for step in range(first, steps):
         rng = np.random.default_rng((11, step))
         drawn = draw_batch(scenes, rng.choice(len(scenes), batch, replace=False), rng, cell_px)
@@ -211,5 +279,5 @@ def train(
         if (step + 1) % 25 == 0:
             stage.report(step + 1, steps, {name: loss.item() for name, loss in parts.items()} | figures)
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            stage.report(step + 1, steps, held_out(model, held_scenes, 40))
+            stage.report(step + 1, steps, held_out(model, helpers, held_scenes, 40))
             stage.save(step + 1)
