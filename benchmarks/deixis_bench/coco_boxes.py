@@ -48,9 +48,8 @@ def main() -> None:
                 mask = segment.mask.array
                 ious.append(float((mask & truth).sum() / (mask | truth).sum()))
         data = {"pictures": len(instances["images"]), "objects": len(ious)}
-        finish(
-            {"mean IoU": float(np.mean(ious)), "median IoU": float(np.median(ious)), **data}, data, model, options.json
-        )
+        metrics = {"mean IoU": float(np.mean(ious)), "median IoU": float(np.median(ious))}
+        finish(metrics, data, model, options.json)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
             "expressions": len(tally.box_ious),
             "regions": len(tally.region_right),
         }
-        finish(tally.metrics() | data, data, model, options.json)
+        finish(tally.metrics(), data, model, options.json)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def machine() -> dict[str, Any]:
 
 
 def finish(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model, out: Path | None) -> None:
-    """Print the metrics, and write the whole report to `out` under a temporary name first."""
-    for name, value in metrics.items():
+    """Print metrics and data, and write the whole report to `out` under a temporary name first."""
+    for name, value in (metrics | data).items():
         print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
     if out is not None:
         info = model.info

@@ -113,7 +113,7 @@ class ImageSpec:
     # anti-aliasing; short = floor(size * min / max), long = int(short * (max / min)) in float32 (section 2)
     resize: Literal["fit_inside"] = "fit_inside"
     interpolation: Literal["bilinear"] = "bilinear"
-    antialias: bool = False
+    antialias: Literal[False] = False
     pad: Literal["right_bottom"] = "right_bottom"
     pad_value: float = 0.0
     channels: Literal["RGB"] = "RGB"

@@ -22,6 +22,8 @@ from deixis.tokenizer import TextTokenizer
 
 Floats = NDArray[np.float32]
 
+FAMILY = "pixelllm"
+
 _TEXT = ("semantic_encoder", "sam_encoder", "prompt_extractor", "text_encoder")
 GRAPHS_OF_TASK: dict[str, tuple[str, ...]] = {
     "caption": (*_TEXT, "decoder_step"),
@@ -37,6 +39,11 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engine: Engine, cache_capacity: int | None = None) -> None:
         manifest = bundle.manifest
+        if manifest.model.family != FAMILY:
+            raise BundleFormatError(
+                f"{bundle.path}: this deixis runs models of the family {FAMILY!r}, not {manifest.model.family!r}; "
+                "upgrade deixis"
+            )
         self.bundle = bundle
         self.manifest = manifest
         self.engine = engine

@@ -256,6 +256,15 @@ def test_damaged_bundles(tiny_bundle: Path, tmp_path: Path) -> None:
         deixis.load(broken, device="cpu", verify=False)
 
 
+def test_other_families_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_bundle, foreign)
+    manifest = foreign / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"pixelllm"', '"other"'))
+    with pytest.raises(BundleFormatError, match="'other'"):
+        deixis.load(foreign, device="cpu")
+
+
 def test_names_of_bundles(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "mine")
     monkeypatch.setenv("DEIXIS_MODELS", os.pathsep.join([str(tmp_path / "none"), str(tmp_path)]))
