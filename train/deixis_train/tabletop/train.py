@@ -252,7 +252,7 @@ def train(
     *,
     steps: int,
     batch: int = 10,
-    rate: float = 1e-3,
+    rate: float = 1.5e-3,
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
     scenes, held_scenes = SceneData(*data, tokenizer, names), SceneData(*held, tokenizer, names)
