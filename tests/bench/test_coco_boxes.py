@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,7 +30,7 @@ def polygon(random: np.random.Generator, x: float, y: float) -> list[float]:
 @pytest.mark.parametrize("seed", range(8))
 def test_fill_agrees_with_cocos_up_to_the_outline(seed: int) -> None:
     random = np.random.default_rng(seed)
-    polygons = [polygon(random, 28, 40), polygon(random, 90, 50)][: 1 + seed % 2]
+    polygons: Any = [polygon(random, 28, 40), polygon(random, 90, 50)][: 1 + seed % 2]
     mask = fill(polygons, HEIGHT, WIDTH)
     assert mask.dtype == bool and mask.shape == (HEIGHT, WIDTH)
     wanted = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)

@@ -36,7 +36,7 @@ from deixis_train.tabletop import warmup as warmup_stage
 from deixis_train.tabletop.__main__ import class_names, load_tokenizer, prepare_semantic, write_checkpoint
 from deixis_train.tabletop.cells import CellTargets, Names
 from deixis_train.tabletop.losses import box_loss, iou
-from deixis_train.tabletop.rows import CAPTION, REFER, REGION, SceneData, decoder_arrays, scene_rows
+from deixis_train.tabletop.rows import CAPTION, REFER, REGION, Row, SceneData, SceneRows, decoder_arrays, scene_rows
 from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
 from deixis_train.tabletop.scenes import cell_owners, prepare_pictures, prepare_sam, read_shard, shards
 from deixis_train.tabletop.tokenizer import END, PAD, SPACE, UNKNOWN, build_tokenizer, encode_words
@@ -201,8 +201,38 @@ def test_scene_data_of_two_scenes(tmp_path: Path) -> None:
     assert [row.task for row in batch.rows] == ["caption", "refer", "region"] * 2
     # Whole pictures come first among the prompts, then the regions, one per picture.
     assert batch.prompt.tolist() == [0, 0, 2, 1, 1, 3] and batch.region_picture.tolist() == [0, 1]
-    for row, cells, i in zip(batch.rows, batch.target_cells, [1, 1, 1, 0, 0, 0], strict=True):
-        np.testing.assert_array_equal(cells.reshape(4, 4) == 1, (owner[i] == row.thing) & (row.thing >= 0))
+    assert [row.thing >= 0 for row in batch.rows] == [False, True, True] * 2
+    assert [row.context for row in batch.rows[:3]] == [r.context for r in _one_of_each(scenes.scenes[1])]
+    np.testing.assert_array_equal(batch.occupied, owner[index] >= 0)
+
+
+def _one_of_each(scene: SceneRows) -> list[Row]:
+    return [scene.captions[0], scene.refers[0], scene.regions[0]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_regions_are_asked_for_with_a_place_on_them(seed: int, tmp_path: Path) -> None:
+    scene = made_up_scene()
+    data = write_scenes(tmp_path / "data", [scene])
+    owner = np.full((1, 4, 4), -1, np.int16)  # cells of 50 px
+    owner[0, 0, 1], owner[0, 1, 2] = 0, 1
+    for name, array in (("semantic", owner[..., None]), ("sam", owner[..., None]), ("owner", owner)):
+        np.save(tmp_path / f"scenes-0000.{name}.npy", array)
+    scenes = SceneData(data, tmp_path, TOKENIZER, NAMES)
+    batch = draw_batch(scenes, np.array([0]), np.random.default_rng(seed), cell_px=50)
+    [row] = [row for row in batch.rows if row.task == "region"]
+    box = np.array(scene["objects"][row.thing]["box"])
+    points, labels = batch.region_points[0].numpy(), batch.region_labels[0].tolist()
+    if labels == [1, -1]:  # a point, in a cell of the object and in its box
+        cell = np.array([[50, 0, 100, 50], [100, 50, 150, 100]][row.thing])
+        low, high = np.maximum(box, cell)[:2], np.minimum(box, cell)[2:]
+        assert (points[0] >= low).all() and (points[0] <= high).all()
+    else:
+        assert labels == [2, 3, -2, -2, -2] and not points[2:].any()
+        sides = np.tile(box[2:] - box[:2], 2)
+        moved = points[:2].ravel()
+        assert (np.abs(moved - box) <= 0.06 * sides + 1e-4).all()
+        assert moved.min() >= 0 and (moved <= [200, 100, 200, 100]).all()
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -443,7 +473,7 @@ MINIATURE = replace(
     prompt_adapter=PromptAdapterConfig(
         depth=1, transformer_dim=16, num_outputs=1, output_dim=16, num_heads=2, mlp_dim=16
     ),
-    t5=T5Config(vocab=128, emb=16, heads=2, head_dim=8, layers=1, mlp=16, enc_rank=0, dec_rank=0),
+    t5=T5Config(vocab=128, emb=16, heads=2, head_dim=8, layers=2, mlp=16, enc_rank=0, dec_rank=0),
     point_predictor=PointPredictorConfig(hidden_dim=16),
     mask_decoder=MaskDecoderConfig(transformer_depth=1, num_heads=2, mlp_dim=16, iou_head_hidden_dim=16),
 )

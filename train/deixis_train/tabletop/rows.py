@@ -24,13 +24,17 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence. `boxes`: a box per token (fractions of the real picture) or None. `thing`: the object meant."""
+    """One sequence. `boxes`: a box per token (fractions of the real picture) or None. `thing`: the object meant.
+
+    `things`: the object that each token points at, -1 for none.
+    """
 
     task: str  # "caption", "region" or "refer"
     context: list[int]
     ids: list[int]
     boxes: list[Box | None]
     thing: int  # -1 for captions
+    things: list[int]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def scene_rows(scene: dict[str, Any], tokenizer: Tokenizer) -> SceneRows:
 
     def row(task: str, words: list[str], boxes: list[list[float] | None], thing: int, asked: str) -> Row:
         ids, owner = encode_words(tokenizer, words)
-        return Row(task, context(asked), ids, [fraction(boxes[i]) for i in owner], thing)
+        known = [thing["box"] for thing in scene["objects"]]
+        things = [known.index(boxes[i]) if boxes[i] in known else -1 for i in owner]
+        return Row(task, context(asked), ids, [fraction(boxes[i]) for i in owner], thing, things)
 
     def about(task: str, record: dict[str, Any], asked: str) -> Row:
         words = record["text"].split()

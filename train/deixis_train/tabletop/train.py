@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import pixelllm_prompt
+from deixis_train.models.t5 import T5
 from deixis_train.tabletop.cells import CellHeads, Names, cell_figures, cell_losses
 from deixis_train.tabletop.losses import box_loss, iou
 from deixis_train.tabletop.rows import Row, SceneData, decoder_arrays, pad_ids
@@ -34,7 +37,7 @@ class Batch:
     region_picture: Tensor  # [K]
     rows: list[Row]
     prompt: Tensor  # [R]
-    target_cells: Tensor  # [R, g * g], 1 where the object meant owns the cell
+    row_owner: Tensor  # [R, g * g], the object that owns each cell of the row's picture, -1 for none
     occupied: Tensor  # [B, g, g] and
     cell_targets: Tensor  # [B, g, g, 6], see `CellTargets`
 
@@ -56,7 +59,7 @@ def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cel
         for row, which in chosen:
             rows.append(row)
             prompt.append(which)
-            cells.append((owner == row.thing) & (row.thing >= 0))
+            cells.append(owner)
     return Batch(
         data.features(index),
         data.whole(index),
@@ -65,7 +68,7 @@ def draw_batch(data: SceneData, index: np.ndarray, rng: np.random.Generator, cel
         torch.tensor(pictures),
         rows,
         torch.tensor(prompt),
-        torch.from_numpy(np.stack(cells)).flatten(1).float(),
+        torch.from_numpy(np.stack(cells)).flatten(1).long(),
         *(torch.from_numpy(array) for array in data.cells[index]),
     )
 
@@ -99,6 +102,26 @@ class Outputs:
     encoded: Tensor  # visual tokens behind the text encoder [R, Q, E]
     logits: Tensor  # [R, L, V]
     locations: Tensor  # [R, L, 4]
+    attention: list[Tensor]  # of the decoder to the encoder, per layer [R, H, L, E]
+
+
+@contextmanager
+def tapped(text: T5) -> Iterator[list[Tensor]]:
+    """Keep the cross-attention weights of the decoder's layers, which the model itself does not return."""
+    kept: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        kept.append(F.softmax(query @ key.transpose(-1, -2) + bias, dim=-1))
+        return kept[-1] @ value
+
+    modules = [layer.encoder_decoder_attention for layer in text.decoder.layers]
+    for module in modules:
+        module.attend = attend
+    try:
+        yield kept
+    finally:
+        for module in modules:
+            del module.attend
 
 
 def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
@@ -109,11 +132,12 @@ def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
         prefix = torch.cat([prefix, region])
     visual = prefix[batch.prompt]
     encoded, valid = model.text.encode(visual, pad_ids([row.context for row in batch.rows]))
-    logits, features = model.text.decode(ids, encoded, valid)
+    with tapped(model.text) as attention:
+        logits, features = model.text.decode(ids, encoded, valid)
     assert logits is not None
     with torch.autocast("cpu", enabled=False):  # bfloat16 is too coarse for places
         locations = model.locate(features.float()).flatten(-2)
-    return Outputs(prefix[: len(batch.whole)], encoded[:, : visual.shape[1]], logits.float(), locations)
+    return Outputs(prefix[: len(batch.whole)], encoded[:, : visual.shape[1]], logits.float(), locations, attention)
 
 
 class Helpers(nn.Module):
@@ -193,6 +217,24 @@ def whole_prefix(model: PixelLLM, features: Tensor, whole: Tensor) -> Tensor:
     return model.extract_prompt(features, torch.arange(len(whole)), *pixelllm_prompt(whole, 1.0))
 
 
+def looking_loss(attention: list[Tensor], batch: Batch, weight: Tensor) -> Tensor:
+    """-log of the attention that the later decoder layers pay to the cells of the thing a token points at.
+
+    weight [R, L]. Without it, telling which cells a phrase means hardly starts: at first every position looks
+    everywhere.
+    """
+    things = torch.full(weight.shape, -1)
+    for r, row in enumerate(batch.rows):
+        things[r, 1 : len(row.things) + 1] = torch.tensor(row.things)
+    wanted = (batch.row_owner[:, None, :] == things[..., None]) & (things[..., None] >= 0)
+    weight = weight * wanted.any(-1)
+    total = weight.new_zeros(())
+    for weights in attention[1:]:
+        seen = (weights.float().mean(1)[..., : wanted.shape[-1]] * wanted).sum(-1)
+        total = total - (torch.log(seen + 1e-6) * weight).sum() / weight.sum().clamp(min=1)
+    return total / len(attention[1:])
+
+
 def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
     ids, boxes, has_box = decoder_arrays(batch.rows)
     out = run_rows(model, replace(batch, features=helpers.standardize(batch.features)), ids)
@@ -202,8 +244,10 @@ def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, T
     refer_weight = has_box * refer[:, None] * torch.where(last, 1.0, 0.2)
     labels = F.pad(ids[:, 1:], (0, 1)).masked_fill(refer[:, None], 0)
     text = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=0, label_smoothing=SMOOTHING)
+    things = torch.tensor([row.thing for row in batch.rows])
+    meant = (batch.row_owner == things[:, None]) & (things[:, None] >= 0)
     match = F.binary_cross_entropy_with_logits(
-        helpers.matcher(out.encoded[refer])[..., 0].float(), batch.target_cells[refer], pos_weight=torch.tensor(5.0)
+        helpers.matcher(out.encoded[refer])[..., 0].float(), meant[refer].float(), pos_weight=torch.tensor(5.0)
     )
     seen = helpers.cells(out.prefix.unflatten(1, batch.occupied.shape[1:]))
     cell = cell_losses(seen, batch.occupied, batch.cell_targets)
@@ -212,6 +256,7 @@ def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, T
         "trace": box_loss(out.locations, boxes, has_box * ~refer[:, None]),
         "refer": 2 * box_loss(out.locations, boxes, refer_weight),
         "match": 2 * match,
+        "look": looking_loss(out.attention, batch, torch.where(refer[:, None], refer_weight, has_box)),
         "cells": torch.stack(list(cell.values())).sum(),
     }
     with torch.no_grad():
@@ -252,7 +297,7 @@ def train(
     *,
     steps: int,
     batch: int = 10,
-    rate: float = 1.5e-3,
+    rate: float = 1e-3,
 ) -> None:
     """Train extractor, text model and location head; `data` and `held` are (scenes, cache). Resumes from `out`."""
     scenes, held_scenes = SceneData(*data, tokenizer, names), SceneData(*held, tokenizer, names)
@@ -260,7 +305,10 @@ def train(
     helpers = make_helpers(model, names)
     helpers.load_state_dict(warm_up_extractor(model, scenes, out, names))
     trained = nn.ModuleDict({name: getattr(model, name) for name in TRAINED})
-    optimizer = adamw([trained, helpers], weight_decay=0.01)
+    # The extractor has learned already; the text model's first, blind gradients would spoil it at full pace.
+    extractor = [model.prompt_adapter, model.visual_projection]
+    rest = [getattr(model, name) for name in TRAINED if getattr(model, name) not in extractor]
+    optimizer = adamw([*rest, helpers], weight_decay=0.01, slow=extractor)
     stage = Stage(out, "train", {"model": trained, "helpers": helpers}, optimizer)
     first = stage.resume()
     if first >= steps:
@@ -269,7 +317,7 @@ def train(
     for step in range(first, steps):
         rng = np.random.default_rng((11, step))
         drawn = draw_batch(scenes, rng.choice(len(scenes), batch, replace=False), rng, cell_px)
-        set_learning_rate(optimizer, cosine(step, steps, rate, warmup=200))
+        set_learning_rate(optimizer, cosine(step, steps, rate, warmup=100))
         with torch.autocast("cpu", torch.bfloat16):
             parts, figures = losses(model, helpers, drawn)
         optimizer.zero_grad()
