@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from deixis_train.tabletop.rows import CAPTION, REFER, REGION, Row, SceneData, S
 from deixis_train.tabletop.run import Stage, adamw, cosine, set_learning_rate
 from deixis_train.tabletop.scenes import cell_owners, prepare_pictures, prepare_sam, read_shard, shards
 from deixis_train.tabletop.tokenizer import END, PAD, SPACE, UNKNOWN, build_tokenizer, encode_words
-from deixis_train.tabletop.train import Helpers, draw_batch
+from deixis_train.tabletop.train import Helpers, draw_batch, looking_loss, tapped
 from deixis_train.tabletop.warmup import CellData, warm_up
 
 WORDS = [
@@ -150,6 +151,7 @@ def test_rows_point_where_their_words_do() -> None:
     caption = rows.captions[0]
     assert pieces(caption.ids) == ["▁a", "▁mug", ",", "▁a", SPACE, "c", "a", "t", "▁and", "▁ball", "."]
     assert caption.boxes == [mug] * 3 + [ball] * 6 + [None] * 2
+    assert caption.things == [0] * 3 + [1] * 6 + [-1] * 2 and rows.refers[0].things == [1, 1]
     assert caption.thing == -1 and caption.context == [*ids_of(CAPTION), END]
     assert [(row.thing, pieces(row.ids)) for row in rows.regions] == [
         (0, ["▁a", "▁red", "▁mug"]),
@@ -462,6 +464,15 @@ def test_decay_leaves_vectors_alone() -> None:
     assert vectors["params"] == [layer.bias] and vectors["weight_decay"] == 0
 
 
+def test_slow_modules_learn_at_a_fifth_of_the_rate() -> None:
+    fast, slow = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = adamw([fast], 0.1, slow=[slow])
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in (fast.weight, fast.bias)] == [(0.5, 0.1), (0.5, 0.0)]
+    assert [rates[id(p)] for p in (slow.weight, slow.bias)] == [(0.1, 0.1), (0.1, 0.0)]
+
+
 # A tabletop model that is small, but has every part of the real one.
 MINIATURE = replace(
     PRESETS["tabletop"],
@@ -482,6 +493,42 @@ MINIATURE = replace(
 def miniature() -> PixelLLM:
     torch.manual_seed(0)
     return PixelLLM(MINIATURE).eval()
+
+
+def test_tapping_the_attention_changes_nothing() -> None:
+    text = miniature().text
+    generator = torch.Generator().manual_seed(1)
+    encoded, valid = text.encode(torch.randn(2, 5, 16, generator=generator), torch.tensor([[4, 5, END], [6, END, PAD]]))
+    ids = torch.tensor([[PAD, 7, 8, END], [PAD, 9, END, PAD]])
+    with torch.inference_mode():
+        plain = text.decode(ids, encoded, valid)
+        with tapped(text) as attention:
+            again = text.decode(ids, encoded, valid)
+        after = text.decode(ids, encoded, valid)
+    assert [tuple(weights.shape) for weights in attention] == [(2, 2, 4, 8)] * 2  # one per layer; none of `after`
+    for weights in attention:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 4))
+        assert not weights[1, :, :2, 7].any(), "words do not look at padding"
+    for before, now, later in zip(plain, again, after, strict=True):
+        assert before is not None and now is not None and later is not None
+        torch.testing.assert_close(now, before, rtol=1e-4, atol=1e-5)
+        assert torch.equal(later, before)
+
+
+def test_looking_at_the_right_cells_costs_nothing() -> None:
+    row = replace(
+        scene_rows(made_up_scene(), TOKENIZER).refers[0], things=[1, -1]
+    )  # "the ball", its second word nowhere
+    owner = torch.tensor([[-1, 0, 1, 1]])
+    batch: Any = SimpleNamespace(rows=[row], row_owner=owner)
+    weight = torch.ones(1, 4)
+    right, wrong = torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6)  # four cells, then two words of the instruction
+    right[:, :, 1, 2:4] = 0.5
+    wrong[:, 0, 1, 2], wrong[:, 1, 1, 0] = 0.5, 1.0  # the heads together give the thing a quarter
+    assert looking_loss([wrong, right], batch, weight).item() == pytest.approx(0, abs=1e-4)  # the first layer is free
+    assert looking_loss([right, wrong], batch, weight).item() == pytest.approx(np.log(4), abs=1e-4)
+    assert looking_loss([right, wrong, right], batch, weight).item() == pytest.approx(np.log(4) / 2, abs=1e-4)
+    assert looking_loss([right, wrong], batch, torch.zeros(1, 4)).item() == 0
 
 
 @pytest.fixture(scope="module")
