@@ -20,8 +20,8 @@ from deixis_bench.report import finish
 def fill(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
     """Polygons [x0, y0, x1, y1, ...] px as bool [H, W]."""
     mask = np.zeros((height, width), np.uint8)
-    outlines = [np.round(np.reshape(polygon, (-1, 2))).astype(np.int32) for polygon in polygons]
-    cv2.fillPoly(mask, outlines, (1,))
+    for polygon in polygons:  # one by one: together, overlapping ones would cut holes into each other
+        cv2.fillPoly(mask, [np.round(np.reshape(polygon, (-1, 2))).astype(np.int32)], (1,))
     return mask.astype(bool)
 
 
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     instances = json.loads((options.data / "instances.json").read_text(encoding="utf-8"))
+    if not instances["annotations"]:
+        parser.error(f"{options.data / 'instances.json'} has no annotations; nothing to measure")
     ious: list[float] = []
     with deixis.load(options.bundle, threads=options.threads) as model:
         for picture in instances["images"]:

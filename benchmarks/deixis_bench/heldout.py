@@ -84,13 +84,13 @@ class Tally:
 
     def metrics(self) -> dict[str, float]:
         ious, inter, union = np.array(self.box_ious), np.array(self.mask_inter), np.array(self.mask_union)
+        referring = {"P@0.5": float((ious > 0.5).mean()), "mean IoU": float(ious.mean())} if len(ious) else {}
         return {
-            "P@0.5": float((ious > 0.5).mean()),
-            "mean IoU": float(ious.mean()),
+            **referring,
             **({"cIoU": float(inter.sum() / union.sum()), "gIoU": float((inter / union).mean())} if len(union) else {}),
             "caption recall": self.both / max(1, self.present),
             "caption precision": self.both / max(1, self.named),
-            "region right": float(np.mean(self.region_right)),
+            "region right": sum(self.region_right) / max(1, len(self.region_right)),
         }
 
 

@@ -29,5 +29,5 @@ def finish(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model, o
         bundle = {"name": info.name, "device": info.device, "path": info.bundle.name}
         report = {"metrics": metrics, "data": data, "bundle": bundle, "machine": machine()}
         temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(out)

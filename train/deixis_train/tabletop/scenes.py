@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.preprocess import padding_mask
 
-# A cell belongs to the object that covers most of it, if that is at least this share of the cell.
+# A cell belongs to the object that covers most of it, if that is more than this share of the cell.
 MIN_COVER = 0.2
 
 

@@ -229,10 +229,11 @@ def looking_loss(attention: list[Tensor], batch: Batch, weight: Tensor) -> Tenso
     wanted = (batch.row_owner[:, None, :] == things[..., None]) & (things[..., None] >= 0)
     weight = weight * wanted.any(-1)
     total = weight.new_zeros(())
-    for weights in attention[1:]:
+    later = attention[1:] or attention
+    for weights in later:
         seen = (weights.float().mean(1)[..., : wanted.shape[-1]] * wanted).sum(-1)
         total = total - (torch.log(seen + 1e-6) * weight).sum() / weight.sum().clamp(min=1)
-    return total / len(attention[1:])
+    return total / len(later)
 
 
 def losses(model: PixelLLM, helpers: Helpers, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
