@@ -114,14 +114,15 @@ def tapped(text: T5) -> Iterator[list[Tensor]]:
         kept.append(F.softmax(query @ key.transpose(-1, -2) + bias, dim=-1))
         return kept[-1] @ value
 
-    modules = [layer.encoder_decoder_attention for layer in text.decoder.layers]
+    # `attend` is a method of the class: an attribute of the instance goes before it, and is taken away again.
+    modules = [vars(layer.get_submodule("encoder_decoder_attention")) for layer in text.decoder.layers]
     for module in modules:
-        module.attend = attend
+        module["attend"] = attend
     try:
         yield kept
     finally:
         for module in modules:
-            del module.attend
+            del module["attend"]
 
 
 def run_rows(model: PixelLLM, batch: Batch, ids: Tensor) -> Outputs:
