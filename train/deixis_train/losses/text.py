@@ -13,13 +13,14 @@ def text_loss(
 ) -> Tensor:
     """Cross-entropy with label smoothing, averaged over the words and ends of all captions.
 
-    The target gives the label 1 - smoothing and shares the rest equally among the other V - 1 tokens. Padding is no label,
-    and captions that end at once are left out. What stands in positions that do not count has no influence, NaN included.
+    The target gives the label 1 - smoothing and shares the rest equally among the other V - 1 tokens. Padding is no
+    label, and captions that end at once are left out. What stands in positions that do not count has no influence, NaN
+    included.
 
     Args:
         logits: [..., L, V] float; position t predicts the token at t + 1, so the last position is not used.
         ids: [..., L] integer, BOS w1..wn EOS PAD.. as fed to the decoder.
-        valid: [...] bool or 0/1, captions that count (dense captioning leaves out proposals without an object); None = all.
+        valid: [...] bool or 0/1, captions that count, for dense captioning the proposals with an object; None = all.
         smoothing: share of the target that the label gives away.
         end_id: id of EOS.
 
