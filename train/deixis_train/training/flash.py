@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.nn import functional as F
 
-from deixis_train.models.t5 import T5
+from deixis_train.models.t5 import T5, EncoderLayer
 
 
 def fused_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def fused_encoder(text: T5) -> Iterator[None]:
     """
     if text.encoder.relpos_bias.rel_embedding.requires_grad:
         raise ValueError("fused attention needs a frozen distance table: set text.encoder.relpos_bias apart as frozen")
-    modules = [layer.get_submodule("attention") for layer in text.encoder.layers]
-    if any(module.training and module.get_submodule("dropout").p > 0 for module in modules):
+    modules = [layer.attention for layer in text.encoder.layers if isinstance(layer, EncoderLayer)]
+    if any(module.training and module.dropout.p > 0 for module in modules):
         raise ValueError("fused attention has no dropout: set the dropout of the text model to 0")
     # `attend` is a method of the class: an attribute of the instance goes before it, and is taken away again.
     for module in modules:
