@@ -14,25 +14,13 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deixis_export.parity import cases_e2e, cases_modules
 from deixis_export.parity.backend import Backend
 from deixis_export.parity.backend_torch import TorchBackend
 from deixis_export.parity.context import PARAMS, BadDirectory, Context, load_model, read_config
-from deixis_export.parity.report import GoldenFile, Line, Report
+from deixis_export.parity.registry import CASES, NOT_COVERED, Case, matching
+from deixis_export.parity.report import Line, Report
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.models.pixelllm import PixelLLM
-
-# Parts of the reference that have no counterpart here yet.
-NOT_COVERED = (
-    "box_decoder.npz",
-    "e2e_densecap_*.npz",
-    "bert_text.npz",
-    "losses.npz",
-    "lbm.npz",
-    "metrics.npz",
-    "data_prep.npz",
-)
-CHAINS = ("e2e_caption_*", "e2e_pointprompt_*", "e2e_loca_*", "e2e_referring*", "e2e_trace_*")
 
 
 def _open_backend(through: str, model: PixelLLM) -> contextlib.AbstractContextManager[Backend]:
@@ -59,33 +47,22 @@ def compare(directory: Path, through: str = "torch", emit: Callable[[str], None]
 
 def _compare_files(context: Context, report: Report) -> None:
     present = sorted(path.name for path in context.directory.iterdir() if path.suffix == ".npz")
-    for name, case in cases_modules.CASES.items():
-        if name in present:
-            _compare_file(context, name, case, report)
-        else:
-            report.add(Line(name, "*", "absent"))
-    for pattern in CHAINS:
-        names = fnmatch.filter(present, f"{pattern}.npz")
+    for pattern, case in CASES.items():
+        names = fnmatch.filter(present, pattern)
         for name in names:
-            _compare_file(context, name, cases_e2e.chain, report)
+            _compare_file(context, name, case, report)
         if not names:
-            report.add(Line(f"{pattern}.npz", "*", "absent"))
+            report.add(Line(pattern, "*", "absent"))
     if PARAMS not in present:
         report.add(Line(PARAMS, "*", "absent"))
     for name in present:
-        if any(fnmatch.fnmatch(name, pattern) for pattern in NOT_COVERED):
+        if matching(name, NOT_COVERED):
             report.add(Line(name, "*", "not covered yet"))
-        elif name != PARAMS and name not in cases_modules.CASES and not _matches(name, CHAINS):
+        elif name != PARAMS and not matching(name, CASES):
             report.add(Line(name, "*", "unknown file"))
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, f"{pattern}.npz") for pattern in patterns)
-
-
-def _compare_file(
-    context: Context, name: str, case: Callable[[Context, GoldenFile, Report], None], report: Report
-) -> None:
+def _compare_file(context: Context, name: str, case: Case, report: Report) -> None:
     try:
         file = context.open(name)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -163,3 +163,12 @@ def chain(context: Context, file: GoldenFile, report: Report) -> None:
             view=lambda array: array[words],
             label=" (while decoding)",
         )
+
+
+CASES: dict[str, Callable[[Context, GoldenFile, Report], None]] = {
+    "e2e_caption_*.npz": chain,
+    "e2e_pointprompt_*.npz": chain,
+    "e2e_loca_*.npz": chain,
+    "e2e_referring*.npz": chain,
+    "e2e_trace_*.npz": chain,
+}

@@ -1,0 +1,31 @@
+"""Which comparison belongs to which golden file.
+
+Every module of cases offers `CASES`: a function by the name, or the pattern of names, of the files that it compares. To
+cover another file, write its case and add its module here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+
+from deixis_export.parity import cases_e2e, cases_evaluation, cases_losses, cases_modules
+from deixis_export.parity.context import Context
+from deixis_export.parity.report import GoldenFile, Report
+
+Case = Callable[[Context, GoldenFile, Report], None]
+
+CASES: dict[str, Case] = {
+    **cases_modules.CASES,
+    **cases_e2e.CASES,
+    **cases_losses.CASES,
+    **cases_evaluation.CASES,
+}
+
+# Parts of the reference that have no counterpart here yet.
+NOT_COVERED = ("box_decoder.npz", "e2e_densecap_*.npz", "bert_text.npz", "data_prep.npz")
+
+
+def matching(name: str, patterns: dict[str, Case] | tuple[str, ...]) -> bool:
+    """Whether one of the patterns means this file."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
