@@ -24,7 +24,8 @@ def run(text: T5) -> tuple[torch.Tensor, torch.Tensor]:
     context = torch.tensor([[5, 6, 1, 0], [7, 1, 0, 0], [8, 9, 10, 1]])
     text.zero_grad()
     encoded, valid = text.encode(visual, context)
-    (encoded * valid[..., None]).square().sum().backward()
+    direction = torch.randn(encoded.shape, generator=torch.Generator().manual_seed(2))
+    (encoded * direction * valid[..., None]).sum().backward()
     weight = text.encoder.layers[0].get_submodule("attention").query.weight
     assert weight.grad is not None
     return encoded[valid].detach(), weight.grad.clone()
