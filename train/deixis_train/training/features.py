@@ -88,6 +88,29 @@ class FeatureStore:
         return self._arrays[chunk]
 
 
+class FeatureStores:
+    """Stores of several kinds, each possibly in several folders: the first that has a picture gives its array."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, list[FeatureStore]] = {}
+
+    def add(self, what: str, store: FeatureStore) -> None:
+        self._stores.setdefault(what, []).append(store)
+
+    def lacks(self, what: str, name: str) -> bool:
+        return not any(name in store for store in self._stores.get(what, []))
+
+    def get(self, what: str, names: Sequence[str]) -> NDArray[Any]:
+        """The arrays of some pictures, stacked: [B, ...] in the stored type. KeyError names an absent picture."""
+        stores = self._stores.get(what, [])
+        if len(stores) == 1:
+            return stores[0].get(names)
+        found = [next((store for store in stores if name in store), None) for name in names]
+        if None in found:
+            raise KeyError(names[found.index(None)])
+        return np.concatenate([store.get([name]) for store, name in zip(found, names, strict=True) if store])
+
+
 def fingerprint(model: PixelLLM, what: What) -> str:
     """8 hex digits that name what `what` holds of a picture: weights, sizes and normalisation of its encoder."""
     config = model.config
