@@ -7,18 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deixis_train.data.scenes.objects import COLORS, KINDS, SIZES, mesh
+from deixis_train.data.scenes.materials import PLAIN, Material, draw_material
+from deixis_train.data.scenes.objects import COLORS, KINDS, SIZES, VARIANTS, mesh
+from deixis_train.data.scenes.shapes import Mesh
 
 Floats = NDArray[np.float64]
 
 ASPECTS: tuple[tuple[float, float], ...] = ((4 / 3, 0.64), (1.0, 0.12), (3 / 4, 0.12), (16 / 9, 0.12))  # w/h, share
-MIN_OBJECTS, MAX_OBJECTS = 3, 8
+MIN_OBJECTS, MAX_OBJECTS = 3, 10
+MAX_ROLL = 1.5  # degrees; more would let feet that lie far apart sideways swap their order from front to back
+MAX_COVER = 0.5  # share of an object's box that the boxes of nearer objects may take, a cheap guess before drawing
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Pinhole camera without roll. World z is up, the table top is z = 0; pixels have their origin at the top left
-    corner of the picture, so a pixel's centre is at + 0.5."""
+    """Pinhole camera with at most ``MAX_ROLL`` degrees of roll. World z is up, the table top is z = 0; pixels have
+    their origin at the top left corner of the picture, so a pixel's centre is at + 0.5."""
 
     width: int
     height: int
@@ -56,6 +60,12 @@ class Placed:
     tint: Floats  # [3] sRGB 0..1, the colour with a little jitter
     turn: float
     at: Floats  # [2]
+    variant: int = 0  # which of the kind's meshes
+    material: Material = PLAIN
+
+    @property
+    def shape(self) -> Mesh:
+        return mesh(self.kind, self.variant)
 
     @property
     def scale(self) -> float:
@@ -63,12 +73,12 @@ class Placed:
 
     @property
     def radius(self) -> float:
-        return mesh(self.kind).radius * self.scale
+        return self.shape.radius * self.scale
 
     def vertices(self) -> Floats:
         """World coordinates [v, 3] of the mesh's vertices."""
         c, s = np.cos(self.turn), np.sin(self.turn)
-        points = mesh(self.kind).vertices @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) * self.scale
+        points = self.shape.vertices @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) * self.scale
         points[:, :2] += self.at
         return points
 
@@ -88,14 +98,17 @@ def _camera(rng: np.random.Generator, longest: int) -> Camera:
     ratios, shares = zip(*ASPECTS, strict=True)
     ratio = ratios[int(rng.choice(len(ratios), p=shares))]
     width, height = (longest, round(longest / ratio)) if ratio >= 1 else (round(longest * ratio), longest)
-    half = np.radians(rng.uniform(28, 44)) / 2  # half the angle of view across the shorter side
+    half = np.radians(rng.uniform(26, 46)) / 2  # half the angle of view across the shorter side
     focal = min(width, height) / 2 / np.tan(half)
-    distance = rng.uniform(0.82, 1.08) / 2 / np.tan(half)
-    pitch, yaw = np.radians(rng.uniform(28, 58)), np.radians(rng.uniform(-30, 30))
+    distance = rng.uniform(0.78, 1.14) / 2 / np.tan(half)
+    pitch, yaw = np.radians(rng.uniform(26, 62)), np.radians(rng.uniform(-35, 35))
     forward = np.array([np.sin(yaw) * np.cos(pitch), np.cos(yaw) * np.cos(pitch), -np.sin(pitch)])
     right = np.array([np.cos(yaw), -np.sin(yaw), 0.0])
-    axes = np.stack([right, np.cross(forward, right), forward])
-    target = np.array([rng.uniform(-0.06, 0.06), rng.uniform(-0.08, 0.04), 0.05])
+    down = np.cross(forward, right)
+    roll = np.radians(rng.uniform(-MAX_ROLL, MAX_ROLL))
+    c, s = np.cos(roll), np.sin(roll)
+    axes = np.stack([c * right + s * down, c * down - s * right, forward])
+    target = np.array([rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.05), 0.05])
     return Camera(width, height, float(focal), target - forward * distance, axes)
 
 
@@ -128,32 +141,61 @@ def _names(rng: np.random.Generator, taken: list[Placed]) -> tuple[str, str, str
             return kind, color, size
 
 
+def _spot(rng: np.random.Generator, camera: Camera, objects: list[Placed], radius: float) -> Floats:
+    """Where an object of ``radius`` might stand: anywhere in the picture, or close by another, often behind it."""
+    if objects and rng.random() < 0.6:
+        other = objects[int(rng.integers(len(objects)))]
+        away = other.at - camera.position[:2]
+        angle = np.arctan2(away[1], away[0]) + rng.normal(0, 0.55) + (np.pi if rng.random() < 0.35 else 0.0)
+        reach = other.radius + radius + rng.uniform(0.008, 0.04)
+        return other.at + reach * np.array([np.cos(angle), np.sin(angle)])
+    return camera.ground(*(rng.uniform((0.05, 0.08), (0.95, 0.96)) * (camera.width, camera.height)))[:2]
+
+
+def _too_hidden(camera: Camera, boxes: list[Floats], objects: list[Placed], box: Floats, at: Floats) -> bool:
+    """Whether the box of a new object at ``at`` would leave too little of itself or of another in sight."""
+    far = np.hypot(*(at - camera.position[:2]))
+    for other, placed in zip(boxes, objects, strict=True):
+        size = np.clip(np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2]), 0, None)
+        behind = box if np.hypot(*(placed.at - camera.position[:2])) < far else other
+        if size.prod() > MAX_COVER * (behind[2:] - behind[:2]).prod():
+            return True
+    return False
+
+
 def build_world(rng: np.random.Generator, longest: int) -> World:
     """A world with up to ``MAX_OBJECTS`` objects that stand apart on the table and lie wholly in the picture, whose
     longer side has ``longest`` pixels. There may be fewer than ``MIN_OBJECTS`` when the table was too full."""
     camera, table = _camera(rng, longest), _table(rng)
-    azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(42, 75))
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(38, 80))
     light = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     wanted = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     objects: list[Placed] = []
+    boxes: list[Floats] = []
     for _ in range(wanted):
         kind, color, size = _names(rng, objects)
-        tint = np.clip(np.array(COLORS[color]) / 255 + rng.normal(0, 0.015, 3), 0.02, 0.97)
-        for _ in range(25):
-            pixel = rng.uniform((0.08, 0.12), (0.92, 0.95)) * (camera.width, camera.height)
-            at = camera.ground(*pixel)[:2]
-            placed = Placed(kind, color, size, tint, float(rng.uniform(0, 2 * np.pi)), at)
+        variant, material = int(rng.integers(VARIANTS)), draw_material(rng, kind)
+        tint = np.clip(np.array(COLORS[color]) / 255 + rng.normal(0, 0.02, 3), 0.02, 0.97)
+        radius = mesh(kind, variant).radius * SIZES[size]
+        for _ in range(40):
+            at = _spot(rng, camera, objects, radius)
+            if not _inside(table, at, radius + 0.01):
+                continue
+            if any(np.hypot(*(at - o.at)) < radius + o.radius + 0.006 for o in objects):
+                continue
+            turn = rng.uniform(0, 2 * np.pi)
             if kind in ("duck", "teddy"):  # mostly facing the camera, so that the face shows
                 to_camera = camera.position[:2] - at
                 turn = np.arctan2(to_camera[1], to_camera[0]) + rng.uniform(-1.1, 1.1)
-                placed = Placed(kind, color, size, tint, float(turn), at)
-            if not _inside(table, at, placed.radius + 0.01):
-                continue
-            if any(np.hypot(*(at - o.at)) < placed.radius + o.radius + 0.015 for o in objects):
-                continue
+            placed = Placed(kind, color, size, tint, float(turn), at, variant, material)
             seen, _ = camera.project(placed.vertices())
-            if (seen.min(axis=0) < 2).any() or (seen.max(axis=0) > (camera.width - 2, camera.height - 2)).any():
+            low, high = seen.min(axis=0), seen.max(axis=0)
+            if (low < 2).any() or (high > (camera.width - 2, camera.height - 2)).any():
+                continue
+            box = np.concatenate([low, high])
+            if _too_hidden(camera, boxes, objects, box, at):
                 continue
             objects.append(placed)
+            boxes.append(box)
             break
     return World(camera, table, light, tuple(objects))
