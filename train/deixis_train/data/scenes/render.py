@@ -81,8 +81,8 @@ def _shade(world: World, lights: _Lights, placed: Placed, centers: Floats, norma
     sky = (0.42 + 0.13 * normals[:, 2]) * ambient * (0.72 + 0.28 * near)
     albedo = face_colors(shape, face_palette(placed.kind, placed.tint), placed.material)[keep]
     light = np.outer(sky, lights.sky) + np.outer(lamp + fill, lights.lamp)
-    if float(placed.tint.min()) > 0.8:  # white that mirrors much would look grey
-        mirror *= 0.3
+    if float(placed.tint.min()) > 0.8:  # white that mirrors a room looks grey
+        mirror = 0.0
     if mirror:
         up = 2 * (normals * view).sum(axis=1) * normals[:, 2] - view[:, 2]  # z of the mirrored line of sight
         room = 0.45 + 0.75 / (1 + np.exp(-9 * (up - 0.15))) - 0.3 * np.clip(up - 0.6, 0, 1)

@@ -92,6 +92,7 @@ def _colored(rng: np.random.Generator, heights: Image, colors: tuple[tuple[int, 
 
 def _paint(rng: np.random.Generator, colors: tuple[tuple[int, int, int], ...]) -> Image:
     color = np.array(colors[int(rng.integers(len(colors)))]) / 255
+    color = color.mean() + 0.82 * (color - color.mean())  # calm, or a wooden table and an orange thing look alike
     return np.clip(color * rng.uniform(0.85, 1.1) * (1 + rng.normal(0, 0.03, 3)), 0, 1).astype(np.float32)
 
 

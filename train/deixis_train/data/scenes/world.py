@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 ASPECTS: tuple[tuple[float, float], ...] = ((4 / 3, 0.64), (1.0, 0.12), (3 / 4, 0.12), (16 / 9, 0.12))  # w/h, share
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
 MAX_ROLL = 1.5  # degrees; more would let feet that lie far apart sideways swap their order from front to back
-MAX_COVER = 0.5  # share of an object's box that the boxes of nearer objects may take, a cheap guess before drawing
+MAX_COVER = 0.6  # share of an object's box that the boxes of nearer objects may take, a cheap guess before drawing
 
 
 @dataclass(frozen=True)
