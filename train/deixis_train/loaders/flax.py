@@ -47,6 +47,11 @@ def _conv(kernel: np.ndarray) -> np.ndarray:
     return kernel.transpose(3, 2, 0, 1)
 
 
+def _flipped_conv(kernel: np.ndarray) -> np.ndarray:
+    """Transposed convolution stored as Flax applies it, [kh, kw, in, out], both axes reversed -> [in, out, kh, kw]."""
+    return np.ascontiguousarray(kernel[::-1, ::-1].transpose(2, 3, 0, 1))
+
+
 # ---- the name tables, one function per part of section 16
 
 
@@ -234,6 +239,30 @@ def _mask_decoder(model: PixelLLM) -> Iterator[Entry]:
         yield from _linear(f"{ours}.iou_prediction_head.layers.{j}", f"{theirs}/iou_prediction_head/layers.{j}")
 
 
+def _box_decoder(model: PixelLLM) -> Iterator[Entry]:
+    decoder = model.box_decoder
+    if decoder is None:
+        return
+    ours, theirs = "box_decoder.pyramid", "box_decoder/fpn"
+    yield Entry(f"{ours}.p3.0.weight", (f"{theirs}/simfp_3.0/kernel",), _flipped_conv)
+    yield Entry(f"{ours}.p3.0.bias", (f"{theirs}/simfp_3.0/bias",), _same)
+    for o, t in (("p3.1", "3.1"), ("p3.2", "3.2"), ("p4.0", "4.0"), ("p4.1", "4.1"), ("p5.1", "5.1"), ("p5.2", "5.2")):
+        yield from _conv2d(f"{ours}.{o}.conv", f"{theirs}/simfp_{t}", bias=False)
+        yield from _norm(f"{ours}.{o}.norm", f"{theirs}/simfp_{t}.norm")
+    for name in ("p6", "p7"):
+        yield from _conv2d(f"{ours}.{name}", f"{theirs}/top_block/{name}")
+    ours, theirs = "box_decoder.head", "box_decoder/proposal_generator"
+    for i in range(0, len(decoder.head.tower), 3):  # convolution, norm, activation
+        yield from _conv2d(f"{ours}.tower.{i}", f"{theirs}/bbox_tower/{i}")
+        yield from _norm(f"{ours}.tower.{i + 1}", f"{theirs}/bbox_tower/{i + 1}")
+    yield from _conv2d(f"{ours}.heatmap", f"{theirs}/agn_hm")
+    yield from _conv2d(f"{ours}.regression", f"{theirs}/bbox_pred")
+    scales = tuple(f"{theirs}/scales.{i}/scale" for i in range(len(decoder.head.scales)))
+    yield Entry(f"{ours}.scales", scales, _same, stacked=True)
+    for name in ("fc1", "fc2", "cls_score", "bbox_pred"):
+        yield from _linear(f"box_decoder.roi_head.{name}", f"box_decoder/roi_heads/box_head.0/{name}")
+
+
 _PARTS = (
     _semantic_encoder,
     _sam_encoder,
@@ -244,9 +273,10 @@ _PARTS = (
     _point_predictor,
     _mask_adapter,
     _mask_decoder,
+    _box_decoder,
 )
-# The detector of dense captioning has no module here yet.
-_IGNORED_PARTS = ("box_decoder/",)
+# A model without a detector takes the rest of a checkpoint that has one.
+_OPTIONAL_PARTS = ("box_decoder/",)
 
 
 def name_table(model: PixelLLM) -> list[Entry]:
@@ -286,8 +316,8 @@ def load_flax(model: PixelLLM, tree: Mapping[str, np.ndarray]) -> LoadReport:
             else:
                 slot.copy_(torch.tensor(turned))
     rest = sorted(set(tree) - known)
-    ignored = [name for name in rest if name.startswith(_IGNORED_PARTS)]
-    unexpected = [name for name in rest if not name.startswith(_IGNORED_PARTS)]
+    ignored = [name for name in rest if name.startswith(_OPTIONAL_PARTS)]
+    unexpected = [name for name in rest if not name.startswith(_OPTIONAL_PARTS)]
     return LoadReport(tuple(missing), tuple(unexpected), tuple(misshapen), tuple(ignored))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 from deixis_train.models.config import (
+    BoxDecoderConfig,
     Eva02Config,
     MaskAdapterConfig,
     MaskDecoderConfig,
@@ -38,8 +39,9 @@ _FIELDS = {
 def config_from_golden(config_json: dict[str, Any]) -> PixelLLMConfig:
     """The model's configuration from the `config.json` of a golden directory.
 
-    Point predictor, mask decoder and mask adapter are absent from the model where the file does not mention them, and
-    so is LoRA where it gives no ranks. Fields that say nothing about our parts (detector, beams, ...) are left alone.
+    Point predictor, mask decoder, mask adapter and box decoder are absent from the model where the file does not
+    mention them, and so is LoRA where it gives no ranks. Fields that say nothing about our parts (beams, ...) are left
+    alone.
 
     Raises:
         ValueError: if an encoder, the prompt adapter or the text model is not described.
@@ -58,6 +60,28 @@ def config_from_golden(config_json: dict[str, Any]) -> PixelLLMConfig:
         point_predictor=_optional(PointPredictorConfig, config_json, "point_predictor"),
         mask_decoder=_optional(MaskDecoderConfig, config_json, "mask_decoder"),
         mask_adapter=_optional(MaskAdapterConfig, config_json, "mask_adapter"),
+        box_decoder=_box_decoder(config_json) if config_json.get("box_decoder") else None,
+    )
+
+
+def _box_decoder(config_json: dict[str, Any]) -> BoxDecoderConfig:
+    """The detector's sizes; the width of its first stage's tower stands beside them."""
+    values = config_json["box_decoder"]
+    pyramid = values["fpn_args"]
+    return BoxDecoderConfig(
+        up_channels=pyramid["in_dim"] // 2,
+        channels=pyramid["out_channels"],
+        tower_channels=config_json["box_head_channels"],
+        fc_dims=tuple(values["roi_fc_dims"]),
+        strides=tuple(values["strides"]),
+        pre_nms_test=values["pre_nms_topk_test"],
+        post_nms_test=values["post_nms_topk_test"],
+        pre_nms_train=values["pre_nms_topk_train"],
+        post_nms_train=values["post_nms_topk_train"],
+        proposal_iou=values["iou_thresh"],
+        detection_iou=values["roi_nms_threshold"],
+        max_detections=values["roi_post_nms_num_detections"],
+        match_iou=values["match_gt_thresh"],
     )
 
 

@@ -119,6 +119,28 @@ class MaskAdapterConfig:
 
 
 @dataclass(frozen=True)
+class BoxDecoderConfig:
+    """The detector of dense captioning (section 10): pyramid, CenterNet head, and one stage on the boxes found."""
+
+    up_channels: int = 384  # of the map that becomes P3, after doubling its side
+    channels: int = 256  # of the pyramid
+    tower_channels: int = 256  # of the CenterNet head
+    fc_dims: tuple[int, ...] = (1024, 1024)  # of the second stage, two layers
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)  # nominal, of P3 to P7, px
+    pre_nms_test: int = 1000  # places considered per picture, and proposals kept of them
+    post_nms_test: int = 256
+    pre_nms_train: int = 2000
+    post_nms_train: int = 1000
+    proposal_iou: float = 0.9  # suppression starts here, in the first stage
+    detection_iou: float = 0.5  # and in the second
+    score_threshold: float = 0.05  # detections score more than this
+    max_detections: int = 100
+    match_iou: float = 0.6  # a proposal of at least this IoU with a true box is that object, in training
+    rois_per_image: int = 512  # proposals that the second stage trains on
+    caption_proposals: int = 32  # the first of those, which captions are learned on
+
+
+@dataclass(frozen=True)
 class PixelLLMConfig:
     """Everything that decides the shape of a PixelLLM. Parts set to None are absent from the model."""
 
@@ -139,6 +161,7 @@ class PixelLLMConfig:
     point_predictor: PointPredictorConfig | None = field(default_factory=PointPredictorConfig)
     mask_decoder: MaskDecoderConfig | None = field(default_factory=MaskDecoderConfig)
     mask_adapter: MaskAdapterConfig | None = None
+    box_decoder: BoxDecoderConfig | None = None
     prompt_use_box_rate: float = 1.0  # > 0: boxes are box prompts; 0: boxes are given as their four corner points
     max_caption_length: int = 128
     context_length: int = 8  # most context tokens in captioning; referring uses `refer_length`
@@ -257,5 +280,7 @@ PRESETS: dict[str, PixelLLMConfig] = {
     "large": PixelLLMConfig(
         name="large", image_size=512, semantic=EVA02_SIZES["base"], sam=SAM_SIZES["large"], t5=T5_SIZES["large"]
     ),
-    "xl": PixelLLMConfig(name="xl", mask_adapter=MaskAdapterConfig(), context_length=32),
+    "xl": PixelLLMConfig(
+        name="xl", mask_adapter=MaskAdapterConfig(), box_decoder=BoxDecoderConfig(), context_length=32
+    ),
 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deixis_train.models.box_decoder import BoxDecoder, Detections
 from deixis_train.models.config import PixelLLMConfig, SamVitConfig
 from deixis_train.models.eva02 import Eva02
 from deixis_train.models.mask import MaskAdapter, MaskDecoder
@@ -43,6 +44,7 @@ class PixelLLM(nn.Module):
     point_predictor: PointPredictor | None
     mask_decoder: MaskDecoder | None
     mask_adapter: MaskAdapter | None
+    box_decoder: BoxDecoder | None
 
     def __init__(self, config: PixelLLMConfig) -> None:
         super().__init__()
@@ -73,6 +75,8 @@ class PixelLLM(nn.Module):
         self.mask_decoder = MaskDecoder(config.mask_decoder, dim) if config.mask_decoder else None
         self.mask_adapter = MaskAdapter(config.mask_adapter, dim, text_dim) if config.mask_adapter else None
         self.init_weights()
+        # Last, so that a seed gives the other parts the same values with and without it. It initialises itself.
+        self.box_decoder = BoxDecoder(config.box_decoder, fused, config.image_size) if config.box_decoder else None
 
     # ---- pictures
 
@@ -128,6 +132,14 @@ class PixelLLM(nn.Module):
         if self.point_predictor is None:
             raise ValueError(f"the model {self.config.name!r} has no point predictor")
         return self.point_predictor(features)
+
+    # ---- boxes
+
+    def detect(self, features: Tensor) -> Detections:
+        """Objects by the box decoder (section 10): fused features [B, g, g, C1 + C2] -> boxes and scores."""
+        if self.box_decoder is None:
+            raise ValueError(f"the model {self.config.name!r} has no box decoder")
+        return self.box_decoder(features)
 
     # ---- masks
 

@@ -1,0 +1,393 @@
+"""The detector of dense captioning: golden vectors, its irregular parts against plain loops, and what it learns from.
+
+Stage by stage it is compared with the reference in `tests/parity/test_parity_boxes.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deixis_train.loaders.flax import load_flax, name_table, read_flax
+from deixis_train.loaders.golden import config_from_golden
+from deixis_train.losses.boxes import encode_deltas, pairwise_iou
+from deixis_train.models.box_decoder import BoxDecoder
+from deixis_train.models.box_decoder.dense_captions import dense_captions, rank_beams, score_with_caption
+from deixis_train.models.box_decoder.proposals import nms, peaks, suppress
+from deixis_train.models.box_decoder.roi import apply_deltas, roi_align, roi_levels
+from deixis_train.models.box_decoder.training import CaptionProposals, caption_rows, pad_boxes, proposal_losses
+from deixis_train.models.config import PRESETS, BoxDecoderConfig, PixelLLMConfig
+from deixis_train.models.decoding import begin_tokens, greedy
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.models.prompt_encoder import corner_prompt
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm"
+SMALL = BoxDecoderConfig(
+    up_channels=16, channels=64, tower_channels=64, fc_dims=(32, 32), post_nms_test=40, max_detections=20
+)
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as archive:
+        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
+    assert got.shape == want.shape
+    assert float((got - want).abs().max() / want.abs().max()) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def model() -> PixelLLM:
+    model = PixelLLM(config_from_golden(json.loads((GOLDEN / "config.json").read_text())))
+    load_flax(model, read_flax(GOLDEN / "params.npz")).raise_if_incomplete()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def decoder(model: PixelLLM) -> BoxDecoder:
+    assert model.box_decoder is not None
+    return model.box_decoder
+
+
+@pytest.fixture(scope="module")
+def features(model: PixelLLM) -> Tensor:
+    pictures = golden("preprocess")
+    with torch.no_grad():
+        return model.features(model.encode_image(pictures["image"].float(), pictures["image_shape"]))
+
+
+def small_decoder(seed: int = 0, **changes: object) -> BoxDecoder:
+    torch.manual_seed(seed)
+    return BoxDecoder(dataclasses.replace(SMALL, **changes), dim_in=8, image_size=128).eval()
+
+
+# ---- golden vectors
+
+
+@torch.no_grad()
+def test_features_to_detections(decoder: BoxDecoder) -> None:
+    data = golden("box_decoder")
+    found = decoder(data["features"])
+    close(found.boxes, data["detection_boxes"])
+    close(found.scores, data["detection_scores"])
+    assert found.num_detections.tolist() == data["num_detections"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("greedy", {}),
+        ("greedy_mult", {"join_scores": True}),
+        ("beam_mult", {"join_scores": True, "beams": 3}),
+    ],
+)
+def test_pictures_to_described_boxes(model: PixelLLM, features: Tensor, name: str, options: dict) -> None:
+    data = golden(f"e2e_densecap_{name}")
+    found = dense_captions(model, features, data["in_context_tokens"][0, 0].long(), 14, **options)
+    assert torch.equal(found.tokens, data["out_text_tokens"].long())
+    close(found.boxes, data["out_detection_boxes"], 2e-3)
+    close(found.scores, data["out_detection_scores"], 2e-3)
+    assert found.num_detections.tolist() == data["out_num_detections"].tolist()
+    if "out_log_probs" in data:
+        close(found.log_probs, data["out_log_probs"], 2e-3)
+
+
+def test_every_parameter_has_a_published_name(model: PixelLLM) -> None:
+    mine = {name for name in model.state_dict() if name.startswith("box_decoder.")}
+    table = {e.target: e.sources for e in name_table(model) if e.target.startswith("box_decoder.")}
+    assert set(table) == mine
+    published = {name for name in read_flax(GOLDEN / "params.npz") if name.startswith("box_decoder/")}
+    assert {source for sources in table.values() for source in sources} == published
+
+
+def test_a_model_without_a_detector(model: PixelLLM) -> None:
+    without = PixelLLM(dataclasses.replace(model.config, box_decoder=None))
+    report = load_flax(without, read_flax(GOLDEN / "params.npz"))
+    assert report.complete and not report.unexpected
+    assert report.ignored and all(name.startswith("box_decoder/") for name in report.ignored)
+    with pytest.raises(ValueError, match="no box decoder"):
+        without.detect(torch.zeros(1, 9, 9, 96))
+
+
+def test_a_detector_changes_no_other_start_value() -> None:
+    torch.manual_seed(5)
+    without = PixelLLM(PRESETS["tiny"]).state_dict()
+    torch.manual_seed(5)
+    state = PixelLLM(dataclasses.replace(PRESETS["tiny"], box_decoder=SMALL)).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in without.items())
+
+
+def test_configuration_survives_json() -> None:
+    config = dataclasses.replace(PRESETS["tiny"], box_decoder=SMALL)
+    assert PixelLLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# ---- peaks and suppression
+
+
+def brute_force_nms(boxes: list[list[int]], threshold: float, limit: int) -> list[int]:
+    kept: list[int] = []
+    for i, (ax, ay, bx, by) in enumerate(boxes):
+        if max(ax, ay, bx, by) <= 0 or len(kept) == limit:
+            continue
+        for j in kept:
+            cx, cy, dx, dy = boxes[j]
+            shared = max(0, min(bx, dx) - max(ax, cx)) * max(0, min(by, dy) - max(ay, cy))
+            union = (bx - ax) * (by - ay) + (dx - cx) * (dy - cy) - shared
+            if shared / (union + 1e-8) >= threshold:
+                break
+        else:
+            kept.append(i)
+    return kept
+
+
+corner = st.integers(-6, 12)
+side = st.integers(0, 12)
+box = st.tuples(corner, corner, side, side).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+
+
+@given(st.lists(box, min_size=1, max_size=24), st.sampled_from([0.13, 0.3, 0.52, 0.9]), st.integers(1, 24))
+@settings(max_examples=200, deadline=None)
+def test_nms_is_the_plain_loop(boxes: list[list[int]], threshold: float, limit: int) -> None:
+    kept = nms(torch.tensor(boxes, dtype=torch.float32), threshold, limit)
+    assert kept.tolist() == brute_force_nms(boxes, threshold, limit)
+    chosen = torch.tensor(boxes, dtype=torch.float32)[kept]
+    overlap = pairwise_iou(chosen, chosen).fill_diagonal_(0)
+    assert bool((overlap < threshold).all())
+
+
+def test_iou_at_the_threshold_is_suppressed() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2]])  # IoU exactly 1/2
+    assert nms(boxes, 0.5, 2).tolist() == [0]
+    assert nms(boxes, 0.51, 2).tolist() == [0, 1]
+
+
+def test_slots_that_no_box_fills() -> None:
+    boxes = torch.tensor([[[0.0, 0, 4, 4], [0, 0, 4, 4], [6, 6, 9, 9], [0, 1, 4, 4]]])
+    found = suppress(boxes, torch.tensor([[0.9, 0.8, 0.7, 0.6]]), 0.7, 4)
+    assert found.boxes[0].tolist() == [[0, 0, 4, 4], [6, 6, 9, 9], [0, 1, 4, 4], [0, 1, 4, 4]]
+    torch.testing.assert_close(found.scores, torch.tensor([[0.9, 0.7, 0.0, 0.0]]))
+
+
+def test_peaks_take_one_place_less_than_there_are_and_earlier_ones_on_ties() -> None:
+    boxes = torch.arange(5.0)[None, :, None].expand(2, -1, 4)
+    found, scores = peaks(boxes, torch.tensor([[0.0, 2, 0, -1, 2], [1, 1, 1, 1, 1]]), 1000)
+    assert found[..., 0].tolist() == [[1, 4, 0, 2], [0, 1, 2, 3]]
+    torch.testing.assert_close(scores[1], torch.tensor([1.0] * 4).sigmoid())
+
+
+# ---- the second stage
+
+
+def brute_force_roi_align(features: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """features [D, h, w], box in pixels of that map -> [7, 7, D]: every sample, every neighbour."""
+    _, height, width = features.shape
+    out = np.zeros((7, 7, len(features)))
+    for row in range(7):
+        for column in range(7):
+            for sample in range(4):
+                y = box[1] + (box[3] - box[1]) * (row + 0.25 + 0.5 * (sample // 2)) / 7 - 0.5
+                x = box[0] + (box[2] - box[0]) * (column + 0.25 + 0.5 * (sample % 2)) / 7 - 0.5
+                for j in (math.floor(y), math.floor(y) + 1):
+                    for i in (math.floor(x), math.floor(x) + 1):
+                        if 0 <= j < height and 0 <= i < width:
+                            out[row, column] += features[:, j, i] * (1 - abs(y - j)) * (1 - abs(x - i)) / 4
+    return out
+
+
+def test_roi_align_is_the_plain_loop() -> None:
+    rng = np.random.default_rng(3)
+    maps = [rng.normal(size=(2, 3, side, side)).astype(np.float32) for side in (18, 9, 4, 2, 1)]
+    corners = rng.uniform(-20, 150, (2, 12, 2, 2)).astype(np.float32)
+    boxes = np.concatenate([corners.min(axis=2), corners.max(axis=2)], axis=-1)
+    boxes[0, 0] = 0  # empty
+    boxes[0, 1] = [0, 0, 128, 128]  # reaches past the map's last centre
+    levels = rng.integers(3, 8, (2, 12))
+    found = roi_align([torch.from_numpy(m) for m in maps], torch.from_numpy(boxes), torch.from_numpy(levels))
+    for picture in range(2):
+        for i, level in enumerate(levels[picture]):
+            want = brute_force_roi_align(maps[level - 3][picture], boxes[picture, i].astype(float) / 2**level)
+            np.testing.assert_allclose(found[picture, i].numpy(), want, atol=2e-5)
+
+
+def test_levels_follow_the_size_of_the_box() -> None:
+    sides = torch.tensor([0.0, 3, 111, 113, 223, 225, 450, 900, 5000])
+    boxes = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], dim=-1)
+    assert roi_levels(boxes).tolist() == [3, 3, 3, 3, 3, 4, 5, 6, 7]
+
+
+@given(st.lists(st.floats(1, 100), min_size=8, max_size=8))
+def test_deltas_and_back(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=torch.float64).reshape(2, 4)
+    boxes = torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], dim=1)
+    if float((boxes[1, 2:] - boxes[1, :2]).div(boxes[0, 2:] - boxes[0, :2]).max()) < 60:  # growth is capped
+        moved = apply_deltas(boxes[:1], encode_deltas(boxes[:1], boxes[1:]))
+        torch.testing.assert_close(moved, boxes[1:], rtol=1e-5, atol=1e-4)
+
+
+def test_growth_is_capped() -> None:
+    moved = apply_deltas(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 1000, 5 * math.log(3)]]))
+    torch.testing.assert_close(moved, torch.tensor([[1 - 62.5, -2, 1 + 62.5, 4]]))
+
+
+# ---- the whole
+
+
+@torch.no_grad()
+def test_a_batch_is_as_good_as_one_at_a_time() -> None:
+    decoder = small_decoder(score_threshold=0.0)
+    torch.nn.init.normal_(decoder.head.heatmap.weight, std=0.5)
+    torch.nn.init.normal_(decoder.head.regression.weight, std=0.3)
+    pictures = torch.randn(3, 9, 9, 8, generator=torch.Generator().manual_seed(1))
+    together = decoder(pictures)
+    assert int(together.num_detections.min()) > 3
+    for i in range(3):
+        alone = decoder(pictures[i : i + 1])
+        torch.testing.assert_close(together.boxes[i], alone.boxes[0], rtol=0, atol=1e-2)
+        torch.testing.assert_close(together.scores[i], alone.scores[0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_boxes_that_score_too_little_and_empty_slots(decoder: BoxDecoder) -> None:
+    data = golden("box_decoder")
+    strict = BoxDecoder(dataclasses.replace(decoder.config, score_threshold=0.7, max_detections=70), 96, 128)
+    strict.load_state_dict(decoder.state_dict())
+    found = strict(data["features"])
+    enough = (data["detection_scores"] > 0.7).sum(dim=1)
+    assert found.num_detections.tolist() == enough.tolist()
+    for boxes, scores, count in zip(found.boxes, found.scores, enough, strict=True):
+        assert bool((scores[:count] > 0.7).all())
+        low, empty = scores[count:] == -1, scores[count:] == 0
+        assert bool((low | empty).all()) and bool(low.any()) and bool(empty.any())
+        assert bool((boxes[count:][empty] == 0).all()) and bool((boxes[count:][low].amax(dim=1) > 0).all())
+
+
+@torch.no_grad()
+def test_empty_slots_are_point_prompts(model: PixelLLM, decoder: BoxDecoder, features: Tensor) -> None:
+    more_slots = dataclasses.replace(decoder.config, post_nms_test=3, max_detections=5)
+    wide = PixelLLM(dataclasses.replace(model.config, box_decoder=more_slots)).eval()
+    wide.load_state_dict(model.state_dict())
+    found = dense_captions(wide, features[:1], None, 14)
+    assert int((found.boxes[0].amax(dim=1) == 0).sum()) >= 2
+
+    visual = wide.extract_prompt(features[:1], torch.zeros(1, dtype=torch.int64), *corner_prompt(torch.zeros(1, 4)))
+    encoded, valid = wide.text.encode(visual)
+
+    def logits(tokens: Tensor, position: int) -> Tensor:
+        out, _ = wide.text.decode(tokens, encoded, valid)
+        assert out is not None
+        return out[:, position]
+
+    tokens, log_probs = greedy(logits, begin_tokens(1, 14))
+    assert torch.equal(found.tokens[0, 3:], tokens.expand(2, -1))
+    torch.testing.assert_close(found.log_probs[0, 3:], log_probs.expand(2))
+
+
+def test_scores_of_captions_join() -> None:
+    scores = torch.tensor([[0.81, 0.25, -1.0]])
+    joined = score_with_caption(scores, torch.tensor([[0.0, math.log(0.25), 0.0]]))
+    torch.testing.assert_close(joined, torch.tensor([[0.9, 0.25, 0.0]]))
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_ranked_beams_are_the_best_pairs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, beams = rng.integers(-1, 4, (1, 4)) / 4, np.log(rng.integers(1, 5, (1, 4, 3)) / 4)
+    ranked = rank_beams(torch.tensor(scores), torch.tensor(beams), 7)
+    pairs = [(-max(scores[0, i], 0) * np.exp(beams[0, i, k]), i, k) for i in range(4) for k in range(3)]
+    want = sorted(pairs, key=lambda pair: (round(pair[0], 9), pair[1:]))[:7]
+    np.testing.assert_allclose(ranked.scores[0].square(), [-value for value, _, _ in want], atol=1e-9)
+    assert len({*zip(ranked.box[0].tolist(), ranked.beam[0].tolist(), strict=True)}) == 7
+
+
+# ---- learning
+
+
+def test_losses_of_the_first_stage_are_the_reference_s(decoder: BoxDecoder) -> None:
+    data = golden("losses")
+    with torch.no_grad():
+        losses, _ = proposal_losses(decoder, golden("box_decoder")["features"], data["cn_gt_boxes"])
+    close(losses["heatmap"], 0.5 * (data["cn_pos_loss"] + data["cn_neg_loss"]))
+    close(losses["regression"], data["cn_reg_loss"])
+
+
+def test_proposals_for_captions(decoder: BoxDecoder) -> None:
+    truth = golden("losses")["cn_gt_boxes"]
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        features = golden("box_decoder")["features"]
+        losses, proposals = proposal_losses(decoder, features, truth, generator)
+        again, same = proposal_losses(decoder, features, truth, torch.Generator().manual_seed(2))
+    assert torch.equal(proposals.boxes, same.boxes) and losses == again
+    assert proposals.boxes.shape == (2, 32, 4) and proposals.matched.shape == (2, 32)
+    overlap = pairwise_iou(proposals.boxes, truth)
+    for picture in range(2):
+        matched = proposals.matched[picture]
+        objects = int((matched >= 0).sum())
+        assert 4 <= objects < 32  # the true boxes are among them, and nothing else comes before them
+        assert bool((matched[:objects] >= 0).all()) and set(matched[:objects].tolist()) == {0, 1, 2, 3}
+        best = overlap[picture, torch.arange(32), matched.clamp(min=0)]
+        assert bool((best[:objects] >= 0.6).all())
+        assert bool((overlap[picture, objects:].amax(dim=1) < 0.6).all())
+
+
+def test_a_picture_without_objects_has_losses_too() -> None:
+    decoder = small_decoder(rois_per_image=16, caption_proposals=8)
+    losses, proposals = proposal_losses(decoder, torch.randn(2, 9, 9, 8), torch.zeros(2, 0, 4))
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(bool(torch.isfinite(loss)) for loss in losses.values())
+    assert losses["regression"].item() == losses["roi_box"].item() == 0
+    assert bool((proposals.matched == -1).all())
+
+
+def test_every_part_learns_and_so_do_the_features() -> None:
+    decoder = small_decoder(rois_per_image=32)
+    features = torch.randn(2, 9, 9, 8, requires_grad=True)
+    truth = pad_boxes([np.array([[10, 12, 70, 90]]), np.array([[3, 3, 30, 28], [60, 50, 120, 128.0]])])
+    losses, _ = proposal_losses(decoder, features, truth)
+    torch.stack(list(losses.values())).sum().backward()
+    assert features.grad is not None and bool(features.grad.abs().sum() > 0)
+    # A level learns to regress only when an object is its own, so the scale of one of five may stay.
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in decoder.parameters())
+
+
+def test_it_learns_where_a_box_is() -> None:
+    decoder = small_decoder(rois_per_image=32, pre_nms_train=100, post_nms_train=30)
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(1, 9, 9, 8, generator=generator)
+    truth = torch.tensor([[[20.0, 30, 74, 92]]])
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
+    for _ in range(30):
+        losses, _ = proposal_losses(decoder, features, truth, generator)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = decoder(features)
+    assert int(found.num_detections[0]) >= 1
+    assert float(pairwise_iou(found.boxes[0, :1], truth[0])) > 0.8
+
+
+def test_rows_of_proposals() -> None:
+    text = torch.tensor([[0, 5, 1], [0, 6, 1], [0, 7, 1]])
+    proposals = CaptionProposals(torch.arange(16.0).reshape(2, 2, 4), torch.tensor([[1, -1], [0, 0]]))
+    rows = caption_rows(proposals, text, torch.tensor([0, 0, 1]))
+    assert rows.image_index.tolist() == [0, 0, 1, 1]
+    assert rows.text.tolist() == [[0, 6, 1], [0, 0, 0], [0, 7, 1], [0, 7, 1]]
+    assert torch.equal(rows.boxes, proposals.boxes.reshape(4, 4))
+
+
+def test_boxes_of_several_pictures_are_padded() -> None:
+    padded = pad_boxes([np.zeros((0, 4), np.float32), torch.tensor([[1.0, 2, 3, 4]])])
+    assert padded.tolist() == [[[0, 0, 0, 0]], [[1, 2, 3, 4]]]

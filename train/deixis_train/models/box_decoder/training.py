@@ -1,0 +1,115 @@
+"""What the box decoder learns from (sections 10 and 12): its losses, and the boxes that captions are learned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from deixis_train.losses.detection import (
+    HEATMAP_WEIGHT,
+    REGRESSION_WEIGHT,
+    centernet_losses,
+    centernet_targets,
+)
+from deixis_train.losses.roi import OBJECT, SampledRois, roi_losses, sample_rois
+from deixis_train.models.box_decoder.box_decoder import BoxDecoder
+
+
+class CaptionProposals(NamedTuple):
+    """Boxes that prompt for captions in training, P per picture; objects first.
+
+    boxes: [B, P, 4] XYXY px of the padded input, without gradient; zeros where a picture has fewer.
+    matched: [B, P] int64, which of the picture's true boxes it is; -1 where none, and no text is learned.
+    """
+
+    boxes: Tensor
+    matched: Tensor
+
+
+class CaptionRows(NamedTuple):
+    """Proposals as rows, B * P of them, for the prompt extractor and the text loss.
+
+    image_index: [B * P] int64. boxes: [B * P, 4]. text: ids [B * P, L]; all 0 where there is nothing to learn.
+    """
+
+    image_index: Tensor
+    boxes: Tensor
+    text: Tensor
+
+
+def proposal_losses(
+    decoder: BoxDecoder, features: Tensor, boxes: Tensor, generator: torch.Generator | None = None
+) -> tuple[dict[str, Tensor], CaptionProposals]:
+    """All losses of the box decoder, and the proposals that captions are learned on.
+
+    Args:
+        decoder: the detector that trains.
+        features: fused features [B, g, g, C]; gradients flow into them.
+        boxes: true boxes [B, N, 4], XYXY px of the padded input; boxes without area are padding (`pad_boxes`).
+        generator: source of randomness of the sampling, on the CPU.
+
+    Returns:
+        Float32 scalars, weighted, whose sum is the loss of detection: "heatmap", "regression" (first stage),
+        "roi_class", "roi_box" (second stage). And the first `caption_proposals` of the boxes that the second stage
+        learned from.
+    """
+    config = decoder.config
+    boxes = boxes.to(features.device, torch.float32)
+    maps = decoder.dense(features)
+    first = centernet_losses(
+        maps.heatmap, maps.regression, centernet_targets(boxes, maps.shapes, strides=config.strides)
+    )
+
+    proposals = decoder.select(maps, training=True)
+    sampled = [
+        sample_rois(
+            candidates,
+            truth,
+            valid=scores > 0,
+            samples=config.rois_per_image,
+            iou=config.match_iou,
+            generator=generator,
+        )
+        for candidates, scores, truth in zip(proposals.boxes, proposals.scores, boxes, strict=True)
+    ]
+    logits, deltas = decoder.roi(maps.pyramid, torch.stack([rois.boxes for rois in sampled]))
+    second = [roi_losses(*picture) for picture in zip(logits, deltas, sampled, boxes, strict=True)]
+    losses = {
+        "heatmap": HEATMAP_WEIGHT * (first.positive + first.negative),
+        "regression": REGRESSION_WEIGHT * first.regression,
+        "roi_class": torch.stack([entropy for entropy, _ in second]).mean(),
+        "roi_box": torch.stack([error for _, error in second]).mean(),
+    }
+    return losses, _for_captions([rois.first(config.caption_proposals) for rois in sampled])
+
+
+def _for_captions(rois: list[SampledRois]) -> CaptionProposals:
+    matched = torch.stack([torch.where(r.labels == OBJECT, r.matched, -1) for r in rois])
+    return CaptionProposals(torch.stack([r.boxes for r in rois]), matched)
+
+
+def pad_boxes(boxes: Sequence[Tensor | NDArray]) -> Tensor:
+    """Boxes of several pictures [N_i, 4] -> [B, max N_i, 4] float32, zeros behind them."""
+    return pad_sequence([torch.as_tensor(each, dtype=torch.float32).reshape(-1, 4) for each in boxes], batch_first=True)
+
+
+def caption_rows(proposals: CaptionProposals, text: Tensor, picture: Tensor) -> CaptionRows:
+    """Rows to learn captions on, where the true boxes were those of the batch's rows, picture by picture, in order.
+
+    Args:
+        proposals: of `proposal_losses`, for `pad_boxes([boxes[picture == b] for b in range(B)])`.
+        text: ids of the rows [R, L].
+        picture: the picture of each row [R] int64, ascending.
+    """
+    pictures, count = proposals.matched.shape
+    matched = proposals.matched.flatten()
+    image_index = torch.arange(pictures, device=matched.device).repeat_interleave(count)
+    start = torch.searchsorted(picture, image_index)  # of the picture's rows
+    found = matched >= 0
+    chosen = torch.where(found, start + matched, 0)
+    return CaptionRows(image_index, proposals.boxes.flatten(0, 1), torch.where(found[:, None], text[chosen], 0))
