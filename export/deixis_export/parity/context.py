@@ -22,7 +22,7 @@ from deixis_train.models.pixelllm import PixelLLM
 PARAMS = "params.npz"
 INPUTS = "preprocess.npz"  # pictures and padding masks of the encoders and of every chain
 # Parts that a directory may lack: their name in the configuration and in the parameter tree.
-OPTIONAL_PARTS = ("point_predictor", "mask_decoder", "mask_adapter")
+OPTIONAL_PARTS = ("point_predictor", "mask_decoder", "mask_adapter", "box_decoder")
 
 Part = TypeVar("Part")
 
