@@ -1,4 +1,5 @@
-"""Comparisons of the metrics. They say nothing about a backend: predictions come from the files."""
+"""Comparisons of the metrics, and of the traces that they are held against. They say nothing about a backend:
+predictions come from the files."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike
 from deixis_export.parity.backend import Floats
 from deixis_export.parity.context import Context
 from deixis_export.parity.report import EXACT, MODULE_TOLERANCE, Array, GoldenFile, Report
+from deixis_train.data.formats.localized_narratives import trace_of_utterances
 from deixis_train.evaluation.boxes import pair_iou, precision_at_half, to_picture
 from deixis_train.evaluation.dense_captions import Detections, Truth, dense_caption_map, merge_truth
 from deixis_train.evaluation.masks import box_of_mask, mask_metrics, mask_of_logits, overlap
@@ -49,6 +51,12 @@ def metrics(context: Context, file: GoldenFile, report: Report) -> None:
         return _xywh(to_picture(file["boxes/in"], _pair(file["boxes/size"]), _pair(file["boxes/orig"])))
 
     check("boxes/out_xywh", to_original)
+
+    def traces(index: int) -> Array:
+        return trace_of_utterances(file["ln/trace_xyt"], file["ln/utt_start_end"])[index]
+
+    for index, name in enumerate(("ln/out_center", "ln/out_bbox", "ln/out_points")):
+        check(name, lambda index=index: traces(index))
     check("boxes/mask_to_box", lambda: box_of_mask(file["boxes/mask"] > 0))
 
 
