@@ -391,3 +391,55 @@ def test_rows_of_proposals() -> None:
 def test_boxes_of_several_pictures_are_padded() -> None:
     padded = pad_boxes([np.zeros((0, 4), np.float32), torch.tensor([[1.0, 2, 3, 4]])])
     assert padded.tolist() == [[[0, 0, 0, 0]], [[1, 2, 3, 4]]]
+
+
+# ---- fit for export
+
+
+class Dense(torch.nn.Module):
+    def __init__(self, decoder: BoxDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        maps = self.decoder.dense(features)
+        return (*maps.pyramid, maps.heatmap, maps.regression)
+
+
+class Roi(torch.nn.Module):
+    def __init__(self, decoder: BoxDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, p3: Tensor, p4: Tensor, p5: Tensor, p6: Tensor, p7: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+        return self.decoder.roi([p3, p4, p5, p6, p7], boxes)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_both_networks_are_graphs_of_standard_operators(decoder: BoxDecoder, tmp_path: Path) -> None:
+    """Traced at one number of pictures and boxes, run at another, in plain onnxruntime."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+
+    def through_graph(module: torch.nn.Module, example: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> list:
+        path = tmp_path / f"{type(module).__name__}.onnx"
+        names = [f"in{i}" for i in range(len(example))]
+        axes = {name: {0: "B", 1: "N"} if x.ndim == 3 else {0: "B"} for name, x in zip(names, example, strict=True)}
+        options = {"dynamo": False, "opset_version": 17, "input_names": names, "dynamic_axes": axes}
+        torch.onnx.export(module, example, path, **options)
+        graph = onnx.load(path)
+        assert {node.domain for node in graph.graph.node} == {""}
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+
+    data = golden("box_decoder")
+    with torch.no_grad():
+        found = through_graph(Dense(decoder), (data["features"],), (data["features"][:1],))
+        maps = decoder.dense(data["features"])
+        for got, want in zip(found, (*maps.pyramid, maps.heatmap, maps.regression), strict=True):
+            close(torch.from_numpy(got), want[:1])
+
+        boxes = data["proposal_boxes_clipped"]
+        single = [level[:1] for level in maps.pyramid]
+        found = through_graph(Roi(decoder), (*maps.pyramid, boxes), (*single, boxes[:1, :10]))
+        close(torch.from_numpy(found[0]), data["roi_class_logits"][:1, :10])
+        close(torch.from_numpy(found[1]), data["roi_box_deltas"][:1, :10])

@@ -27,38 +27,40 @@ def roi_levels(boxes: Tensor) -> Tensor:
 def roi_align(pyramid: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
     """RoIAlign: 7 x 7 bins, each the mean of 2 x 2 bilinear samples, on the pixel grid shifted by a half.
 
-    The map is taken as 0 outside, and fades to it within half a pixel of the border.
+    A map is 0 outside, and fades to that within a pixel of its outermost centres. All levels lie in one sheet with
+    zeros between them, so one `grid_sample` does for all boxes, and an export needs no other operator.
 
     Args:
-        pyramid: maps [B, D, h, w] of P3 to P7.
+        pyramid: maps [B, D, h, w] of P3 to P7, none wider than the first.
         boxes: [B, N, 4] px, float32.
         levels: [B, N] int64, 3 to 7; coordinates are divided by 2 ** level.
 
     Returns:
         [B, N, 7, 7, D] float32, rows first.
     """
-    pictures, count = boxes.shape[:2]
+    width = pyramid[0].shape[3] + 2
+    sheet = [F.pad(level, (1, width - 1 - level.shape[3], 1, 0)) for level in pyramid]
+    heights = [level.shape[2] for level in sheet]
+    sheet = F.pad(torch.cat(sheet, dim=2), (0, 0, 0, 1)).to(boxes.dtype)
+    # Of each box's level: index of its first row in the sheet, height and width.
+    tops = [1 + sum(heights[:i]) for i in range(len(pyramid))]
+    table = [[top, level.shape[2], level.shape[3]] for top, level in zip(tops, pyramid, strict=True)]
+    top, tall, wide = boxes.new_tensor(table)[levels - FIRST_LEVEL].split(1, dim=-1)
+
     steps = (torch.arange(BINS * SAMPLES, device=boxes.device, dtype=boxes.dtype) + 0.5) / (BINS * SAMPLES)
     scaled = boxes / (2.0**levels)[..., None]
-    # Places in units of the level's pixels, [B, N, 14] along each axis; `grid_sample` takes -1..1 edge to edge, which
-    # is the same half-pixel convention.
-    x = scaled[..., 0:1] + (scaled[..., 2:3] - scaled[..., 0:1]) * steps
-    y = scaled[..., 1:2] + (scaled[..., 3:4] - scaled[..., 1:2]) * steps
+    x = scaled[..., 0:1] + (scaled[..., 2:3] - scaled[..., 0:1]) * steps - 0.5  # [B, N, 14] along each axis
+    y = scaled[..., 1:2] + (scaled[..., 3:4] - scaled[..., 1:2]) * steps - 0.5
+    # What lies further outside than the zeros around a map is brought to them.
+    x = torch.minimum(x.clamp(min=-1), wide) + 1
+    y = torch.minimum(y.clamp(min=-1), tall) + top
+    # `grid_sample` takes -1..1 from edge to edge of the sheet.
+    x = (2 * x + 1) / sheet.shape[3] - 1
+    y = (2 * y + 1) / sheet.shape[2] - 1
     side = BINS * SAMPLES
-    out = boxes.new_zeros(pictures, count, BINS, BINS, pyramid[0].shape[1])
-    for level, features in enumerate(pyramid, start=FIRST_LEVEL):
-        height, width = features.shape[2:]
-        for picture in range(pictures):
-            (chosen,) = torch.nonzero(levels[picture] == level, as_tuple=True)
-            if not len(chosen):
-                continue
-            grid_x = (x[picture, chosen] * 2 / width - 1)[:, None, :].expand(-1, side, -1)
-            grid_y = (y[picture, chosen] * 2 / height - 1)[:, :, None].expand(-1, -1, side)
-            grid = torch.stack([grid_x, grid_y], dim=-1).flatten(0, 1)[None]
-            samples = F.grid_sample(features[picture : picture + 1].to(grid.dtype), grid, align_corners=False)
-            bins = F.avg_pool2d(samples, SAMPLES)[0].unflatten(1, (-1, BINS))  # [D, n, 7, 7]
-            out[picture, chosen] = bins.permute(1, 2, 3, 0)
-    return out
+    grid = torch.stack([x[:, :, None, :].expand(-1, -1, side, -1), y[..., None].expand(-1, -1, -1, side)], dim=-1)
+    samples = F.grid_sample(sheet, grid.flatten(1, 2), align_corners=False)  # [B, D, N * 14, 14]
+    return F.avg_pool2d(samples, SAMPLES).unflatten(2, (-1, BINS)).permute(0, 2, 3, 4, 1)
 
 
 class RoiHead(nn.Module):
