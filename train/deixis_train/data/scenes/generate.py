@@ -3,13 +3,15 @@
 Layout of a data set directory::
 
     images/000000.jpg     pictures, JPEG quality 92
-    scenes-0000.jsonl     one line per scene, a shard of ``--shard`` scenes; appears when the whole shard is done
+    scenes-0000.jsonl     ground truth, one line per scene, a shard of ``--shard`` scenes; appears when it is whole
+    annotations/          the texts in the published formats (see `publish`); appears when all shards are whole
 
-A line holds id, file, width, height, seed, table (box of the visible table top), objects (kind, color, size, box, foot,
-rle, visible), captions (words, boxes: one box per word), expressions and regions (text, object: index into objects).
-Boxes are x0, y0, x1, y1 in px of the stored picture, x1 and y1 exclusive, tight around the visible pixels. ``rle`` is a
-compressed COCO run-length encoding of the visible pixels. A scene's seed is ``--seed`` + its id: data sets whose ranges
-of seeds do not meet share no scene.
+A line holds id, file, width, height, seed, table (box of the visible table top), objects (kind, color, size, variant,
+material, box, foot, rle, visible), captions (words, boxes: the narration, one box per
+word), expressions and regions (text, object: index into objects). Boxes are x0, y0, x1, y1 in px of the stored picture,
+x1 and y1 exclusive, tight around the visible pixels. ``rle`` is a compressed COCO run-length encoding of the visible
+pixels. All texts follow from the rest of the line (`texts.texts_of`). A scene's seed is ``--seed`` + its id: data sets
+whose ranges of seeds do not meet share no scene.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import time
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from deixis_train.data.scenes import language
+from deixis_train.data.scenes.publish import publish
 from deixis_train.data.scenes.render import draw
-from deixis_train.data.scenes.world import MIN_OBJECTS, World, build_world
+from deixis_train.data.scenes.texts import say
+from deixis_train.data.scenes.world import MIN_OBJECTS, build_world
 
 MIN_VISIBLE = 0.35  # share of its outline that an object must show
 MIN_PIXELS = 150  # of a picture whose longer side has 512 px
@@ -42,12 +47,14 @@ JPEG_QUALITY = 92
 @dataclass(frozen=True)
 class Scene:
     """A finished scene. picture: uint8 RGB [h, w, 3]. masks: bool [n, h, w], visible pixels. items: the objects as the
-    texts see them. visible: share of each object's outline in sight. table: box of the visible table top in px."""
+    texts see them. looks: variant of the mesh and material of each object. visible: share of each object's outline
+    in sight. table: box of the visible table top in px."""
 
     seed: int
     picture: NDArray[np.uint8]
     masks: NDArray[np.bool_]
     items: tuple[language.Item, ...]
+    looks: tuple[dict[str, str], ...]
     visible: tuple[float, ...]
     table: language.Box
 
@@ -77,33 +84,37 @@ def make_scene(seed: int, size: int = 512) -> Scene:
                     foot, _ = world.camera.project(np.array([*placed.at, 0.0]))
                     x, y = (round(float(v), 1) for v in foot)
                     items.append(language.Item(placed.kind, placed.color, placed.size, tight_box(mask), (x, y)))
-                return Scene(seed, drawing.picture, drawing.masks, tuple(items), tuple(drawing.visible), drawing.table)
+                looks = tuple(
+                    {"variant": str(o.variant), "material": f"{o.material.finish} {o.material.pattern}"}
+                    for o in world.objects
+                )
+                visible = tuple(drawing.visible)
+                return Scene(seed, drawing.picture, drawing.masks, tuple(items), looks, visible, drawing.table)
             keep = tuple(o for o, fine in zip(world.objects, good, strict=True) if fine)
-            world = World(world.camera, world.table, world.light, keep if len(keep) < len(good) else ())
+            world = replace(world, objects=keep if len(keep) < len(good) else ())
         attempt += 1
 
 
-def describe(scene: Scene, index: int, captions: int = 2) -> dict[str, Any]:
-    """The scene's line: everything but the picture. Of the five captions the plainest always comes first, the
-    remaining ``captions`` - 1 are drawn by the seed."""
+def describe(scene: Scene, index: int) -> dict[str, Any]:
+    """The scene's line: everything but the picture."""
     height, width = scene.picture.shape[:2]
-    rng = np.random.default_rng([scene.seed, 2])
-    texts = language.captions(scene.items, scene.table, width)
-    chosen = [texts[0], *(texts[1 + int(k)] for k in np.sort(rng.permutation(len(texts) - 1)[: captions - 1]))]
+    texts = say(scene.items, scene.table, width, height, scene.seed)
     objects = []
-    for item, mask, share in zip(scene.items, scene.masks, scene.visible, strict=True):
+    for item, looks, mask, share in zip(scene.items, scene.looks, scene.masks, scene.visible, strict=True):
         rle: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         objects.append(
             {
                 "kind": item.kind,
                 "color": item.color,
                 "size": item.size,
+                **looks,
                 "box": item.box,
                 "foot": item.foot,
                 "rle": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
                 "visible": round(share, 3),
             }
         )
+    narration = texts.captions[0]
     return {
         "id": index,
         "file": f"images/{index:06d}.jpg",
@@ -112,11 +123,9 @@ def describe(scene: Scene, index: int, captions: int = 2) -> dict[str, Any]:
         "seed": scene.seed,
         "table": scene.table,
         "objects": objects,
-        "captions": [{"words": [w for w, _ in words], "boxes": [b for _, b in words]} for words in chosen],
-        "expressions": [
-            {"text": text, "object": k} for text, k in language.expressions(scene.items, width, height, rng)
-        ],
-        "regions": [{"text": language.region(item), "object": k} for k, item in enumerate(scene.items)],
+        "captions": [{"words": [w.text for w in narration], "boxes": [w.box for w in narration]}],
+        "expressions": [{"text": text, "object": k} for text, k in texts.expressions],
+        "regions": [{"text": text, "object": k} for k, text in enumerate(texts.regions)],
     }
 
 
@@ -125,34 +134,33 @@ def shard_path(out: Path, shard: int) -> Path:
     return out / f"scenes-{shard:04d}.jsonl"
 
 
-def _is_complete(path: Path, indices: range, seed: int, size: int, captions: int) -> bool:
+def _is_complete(path: Path, indices: range, seed: int, size: int) -> bool:
     """Whether ``path`` holds the scenes ``indices`` of this data set. Shards appear whole, so another content means
     that the directory belongs to another data set: ValueError."""
     if not path.exists():
         return False
-    with path.open(encoding="utf-8") as lines:
-        found = [
-            (line["id"], line["seed"], max(line["width"], line["height"]), len(line["captions"]))
-            for line in map(json.loads, lines)
-        ]
-    wanted = [(i, seed + i, size, captions) for i in indices]
-    if found != wanted[: len(found)]:
-        raise ValueError(f"{path} was made with another seed, count, size, shard or captions; choose another directory")
-    return found == wanted
+    try:
+        with path.open(encoding="utf-8") as lines:
+            found = [(o["id"], o["seed"], max(o["width"], o["height"])) for o in map(json.loads, lines)]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+    if found != [(i, seed + i, size) for i in indices]:
+        raise ValueError(f"{path} was made with another seed, count, size or shard; choose another directory")
+    return True
 
 
-def write_shard(job: tuple[int, range], out: Path, seed: int, size: int, captions: int) -> int:
+def write_shard(job: tuple[int, range], out: Path, seed: int, size: int) -> int:
     """Makes and writes the scenes ``job[1]`` as shard ``job[0]``; returns how many were made (0 if all was there)."""
     shard, indices = job
     path = shard_path(out, shard)
-    if _is_complete(path, indices, seed, size, captions):
+    if _is_complete(path, indices, seed, size):
         return 0
     cv2.setNumThreads(1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with temporary.open("w", encoding="utf-8") as lines:
         for index in indices:
             scene = make_scene(seed + index, size)
-            line = describe(scene, index, captions)
+            line = describe(scene, index)
             ok, data = cv2.imencode(".jpg", scene.picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
             if not ok:
                 raise OSError(f"cannot encode {line['file']}")
@@ -162,38 +170,52 @@ def write_shard(job: tuple[int, range], out: Path, seed: int, size: int, caption
     return len(indices)
 
 
-def generate(
-    out: Path, seed: int, count: int, size: int = 512, workers: int = 2, shard: int = 500, captions: int = 2
-) -> int:
-    """Makes scenes 0..count-1 under ``out``, skipping complete shards; returns how many were made. Raises ValueError
-    where ``out`` holds another data set."""
-    if min(seed, count, workers, shard, captions) < 1 or captions > 5 or size < 128:
-        raise ValueError("seed, count, workers, shard and captions start at 1; captions end at 5; size starts at 128")
-    (out / "images").mkdir(parents=True, exist_ok=True)
+def generate(out: Path, seed: int, count: int, size: int = 512, workers: int = 2, shard: int = 500) -> int:
+    """Makes scenes 0..count-1 under ``out``, skipping complete shards, and publishes their texts in ``annotations``
+    unless these are there already; returns how many scenes were made. Raises ValueError for numbers that make no data
+    set, and where ``out`` holds another one."""
+    for name, value, least in (("seed", seed, 0), ("count", count, 1), ("size", size, 128), ("shard", shard, 1)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}; it starts at {least}")
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}; it starts at 1")
     jobs = [(k, range(first, min(first + shard, count))) for k, first in enumerate(range(0, count, shard))]
-    run = partial(write_shard, out=out, seed=seed, size=size, captions=captions)
-    started, made = time.monotonic(), 0
-    if workers == 1:
-        for job in jobs:
-            made += run(job)
-        return made
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        for fresh in pool.imap_unordered(run, jobs):
-            made += fresh
-            seconds = time.monotonic() - started
-            print(f"{made} scenes in {seconds:.0f} s, {made / seconds:.1f} a second", flush=True)
+    paths = [shard_path(out, k) for k, _ in jobs]
+    if set(out.glob("scenes-*.jsonl")) - set(paths):
+        raise ValueError(f"{out} holds more than {count} scenes; choose another directory")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    run = partial(write_shard, out=out, seed=seed, size=size)
+    made = 0
+    with tqdm(total=count, unit="scene", desc=f"scenes in {out}", disable=None) as progress:
+        if workers == 1:
+            for job in jobs:
+                made += run(job)
+                progress.update(len(job[1]))
+        else:
+            with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+                for number, fresh in enumerate(pool.imap(run, jobs)):
+                    made += fresh
+                    progress.update(len(jobs[number][1]))
+    publish(out, paths, workers, anew=made > 0)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="deixis_train.data.scenes", description="Make a data set of table scenes.")
+    """The command line; returns the exit status, after one line on stderr where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="deixis train scenes", description="Render a data set of table scenes. The same command resumes it."
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the data set; resumed if it has shards")
     parser.add_argument("--seed", type=int, required=True, help="scene i has seed SEED + i")
     parser.add_argument("--count", type=int, required=True, help="number of scenes")
     parser.add_argument("--size", type=int, default=512, help="longer side of the pictures in px (default 512)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--shard", type=int, default=500, help="scenes per JSONL file (default 500)")
-    parser.add_argument("--captions", type=int, default=2, help="captions per scene, 1 to 5 (default 2)")
     options = parser.parse_args(arguments)
-    generate(**vars(options))
+    try:
+        made = generate(**vars(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: {made} scenes made, {options.count - made} were there; texts in {options.out}/annotations")
     return 0
