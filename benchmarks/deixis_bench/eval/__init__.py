@@ -1,0 +1,1 @@
+"""`deixis eval`: bundles and checkpoints measured with the field's metrics, side by side."""

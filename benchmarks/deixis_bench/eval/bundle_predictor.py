@@ -1,0 +1,47 @@
+"""Answers of an exported bundle, through the public API of `deixis`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import deixis
+from deixis_train.evaluation.predictor import Box, Image, Masks, PlacedWord
+
+
+class BundlePredictor:
+    """A `Predictor`. The model is the caller's to close."""
+
+    name = "bundle"
+
+    def __init__(self, model: deixis.Model) -> None:
+        self._model = model
+        self._last: tuple[Image, deixis.Scene] | None = None
+
+    def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
+        scene = self._scene(picture)
+        found = self._model.refer_batch([(scene, text) for text in texts], mask=masks)
+        boxes = [grounding.box for grounding in found]
+        if not masks:
+            return boxes, None
+        return boxes, [grounding.mask.array for grounding in found if grounding.mask is not None]
+
+    def trace(self, picture: Image, text: str) -> list[PlacedWord]:
+        return [PlacedWord(word.text, word.box) for word in self._scene(picture).trace(text).words]
+
+    def caption(self, picture: Image) -> str:
+        return self._scene(picture).caption().text
+
+    def region_captions(self, picture: Image, boxes: Sequence[Box]) -> list[str]:
+        scene = self._scene(picture)
+        captions = self._model.caption_batch([(scene, deixis.Prompt(box=box)) for box in boxes])
+        return [caption.text for caption in captions]
+
+    def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
+        scene = self._scene(picture)
+        segments = self._model.segment_batch([(scene, deixis.Prompt(box=box)) for box in boxes])
+        return [segment.mask.array for segment in segments]
+
+    def _scene(self, picture: Image) -> deixis.Scene:
+        if self._last is None or self._last[0] is not picture:
+            self._last = (picture, self._model.encode(picture))
+        return self._last[1]

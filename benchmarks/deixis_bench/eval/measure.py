@@ -1,0 +1,88 @@
+"""The run: every picture once, every task on it, every predictor asked the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deixis_bench.eval.data import Picture, pixels_of
+from deixis_bench.eval.items import ItemFile
+from deixis_train.data.preparation.alignment import Alignment
+from deixis_train.evaluation.errors import EvaluationError
+from deixis_train.evaluation.predictor import Predictor
+from deixis_train.evaluation.tasks import Boxes, Captions, Item, Metrics, Refer, Regions, Task, Trace
+
+FREE = "free-order "  # before the names of metrics of texts that follow no order
+
+
+def make_tasks(sources: Collection[str], names: Sequence[str], alignment: Alignment) -> list[Task]:
+    """The tasks of these names; "refer" and "masks" are one, so that nothing is asked twice."""
+    tasks: list[Task] = []
+    if "refer" in sources:
+        tasks.append(Refer("refer" in names, "masks" in names))
+    if "caption" in names:
+        tasks.append(Captions())
+    if "trace" in names:
+        tasks.append(Trace("trace", "", alignment))
+    if "free-trace" in names:
+        tasks.append(Trace("free-trace", FREE, alignment))
+    if "regions" in names:
+        tasks.append(Regions())
+    if "boxes" in names:
+        tasks.append(Boxes())
+    return tasks
+
+
+def measure(
+    pictures: Sequence[Picture],
+    tasks: Sequence[Task],
+    predictors: Sequence[Predictor],
+    items_file: Path | None,
+    expressions: int | None,
+) -> tuple[dict[str, Metrics], dict[str, int]]:
+    """Ask all predictors everything.
+
+    Args:
+        items_file: every answer goes there as a JSON line; None for nowhere.
+        expressions: most referring expressions of a picture; None for all.
+
+    Returns:
+        Metrics by predictor, and counts: answers by task, and texts that a model refused or that were cut.
+
+    Raises EvaluationError when a task found nothing to ask, besides what readers, predictors and metrics raise.
+    """
+    answers: dict[str, dict[str, list[Item]]] = {p.name: {task.name: [] for task in tasks} for p in predictors}
+    with ItemFile(items_file) as file:
+        for picture in tqdm(pictures, desc="deixis eval", unit="picture", file=sys.stderr, disable=None):
+            pixels = pixels_of(picture)
+            for task in tasks:
+                asked = picture.asked(task.name, pixels, expressions)
+                for predictor in predictors:
+                    found = task.ask(asked, predictor)
+                    answers[predictor.name][task.name] += found
+                    file.add(found)
+        metrics = {name: _metrics(tasks, by_task) for name, by_task in answers.items()}
+        file.finish(item for by_task in answers.values() for items in by_task.values() for item in items)
+    return metrics, _counts(answers[predictors[0].name])
+
+
+def _metrics(tasks: Sequence[Task], answers: dict[str, list[Item]]) -> Metrics:
+    values: Metrics = {}
+    for task in tasks:
+        if not answers[task.name]:
+            raise EvaluationError(f"{task.name}: nothing in the data to measure it by (for masks: no masks)")
+        values |= task.metrics(answers[task.name])
+    return values
+
+
+def _counts(answers: dict[str, list[Item]]) -> dict[str, int]:
+    counts: dict[str, Any] = {name: len(items) for name, items in answers.items()}
+    every = [item for items in answers.values() for item in items]
+    for name, key in (("refused texts", "error"), ("cut texts", "cut")):
+        if number := sum(key in item for item in every):
+            counts[name] = number
+    return counts

@@ -1,0 +1,56 @@
+"""What a measurement asks of a model, whatever runs it: the exported bundle, or the PyTorch model.
+
+Pictures are RGB uint8 [H, W, 3] as stored; boxes are XYXY in px of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+Masks = list[NDArray[np.bool_]]
+
+
+class PlacedWord(NamedTuple):
+    """A word of a given text and its box, not clipped; None where the model points nowhere."""
+
+    text: str
+    box: Box | None
+
+
+class Predictor(Protocol):
+    """Answers about pictures. A predictor keeps the features of the picture it was asked about last.
+
+    Every method raises `deixis.errors.PromptError` for a text that the model cannot take (`TextTooLongError` where it
+    is too long) and `deixis.errors.TaskError` for what the model cannot do.
+    """
+
+    @property
+    def name(self) -> str:
+        """ "bundle" or "torch": names its numbers in reports."""
+        ...
+
+    def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
+        """The box of each expression, clipped to the picture, and its mask bool [H, W] (None without `masks`)."""
+        ...
+
+    def trace(self, picture: Image, text: str) -> list[PlacedWord]:
+        """The words of a given text (what stands between white space) with their boxes."""
+        ...
+
+    def caption(self, picture: Image) -> str:
+        """A caption of the whole picture."""
+        ...
+
+    def region_captions(self, picture: Image, boxes: Sequence[Box]) -> list[str]:
+        """A caption of each box."""
+        ...
+
+    def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
+        """The mask bool [H, W] that each box selects."""
+        ...
