@@ -150,11 +150,9 @@ def _is_complete(path: Path, indices: range, seed: int, size: int) -> bool:
 
 
 def write_shard(job: tuple[int, range], out: Path, seed: int, size: int) -> int:
-    """Makes and writes the scenes ``job[1]`` as shard ``job[0]``; returns how many were made (0 if all was there)."""
+    """Makes and writes the scenes ``job[1]`` as shard ``job[0]``; returns how many these are."""
     shard, indices = job
     path = shard_path(out, shard)
-    if _is_complete(path, indices, seed, size):
-        return 0
     cv2.setNumThreads(1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with temporary.open("w", encoding="utf-8") as lines:
@@ -184,18 +182,17 @@ def generate(out: Path, seed: int, count: int, size: int = 512, workers: int = 2
     if set(out.glob("scenes-*.jsonl")) - set(paths):
         raise ValueError(f"{out} holds more than {count} scenes; choose another directory")
     (out / "images").mkdir(parents=True, exist_ok=True)
+    missing = [job for job, path in zip(jobs, paths, strict=True) if not _is_complete(path, job[1], seed, size)]
+    made = sum(len(indices) for _, indices in missing)
     run = partial(write_shard, out=out, seed=seed, size=size)
-    made = 0
-    with tqdm(total=count, unit="scene", desc=f"scenes in {out}", disable=None) as progress:
-        if workers == 1:
-            for job in jobs:
-                made += run(job)
-                progress.update(len(job[1]))
+    with tqdm(total=count, initial=count - made, unit="scene", desc="rendered") as progress:
+        if workers == 1 or len(missing) < 2:
+            for job in missing:
+                progress.update(run(job))
         else:
-            with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-                for number, fresh in enumerate(pool.imap(run, jobs)):
-                    made += fresh
-                    progress.update(len(jobs[number][1]))
+            with multiprocessing.get_context("spawn").Pool(min(workers, len(missing))) as pool:
+                for fresh in pool.imap_unordered(run, missing):
+                    progress.update(fresh)
     publish(out, paths, workers, anew=made > 0)
     return made
 

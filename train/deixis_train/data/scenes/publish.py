@@ -10,7 +10,9 @@
     refer.json                COCO with the referring expressions ("sentences") of each annotation
     region_descriptions.json  Visual Genome, with image_data.json
     grounded_captions.json    GranD-f: captions with phrases, their spans of characters and masks
+    goldg.json                the same captions and phrases in MDETR's layout, with boxes
     questions.json            LLaVA: conversations of one turn
+    image_text.jsonl          pairs of a picture and a text: captions and traces
     scenes.json               how many scenes these files are about
 """
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from deixis_train.data.scenes.language import Box, Words, join, phrases
 from deixis_train.data.scenes.objects import KINDS
@@ -37,13 +40,9 @@ SPOKEN, STEP = 0.3, 0.4  # s: how long a word lasts, and from one word's start t
 Record = dict[str, Any]
 Records = dict[str, list[Record]]  # by file and, after a slash, by list in the file
 
-_JSON_LISTS = {  # JSON files that are an object of lists
-    "instances": ("images", "annotations"),
-    "captions": ("images", "annotations"),
-    "refer": ("images", "annotations"),
-}
-_JSON_ARRAYS = ("region_descriptions", "image_data", "grounded_captions", "questions")
-_JSON_LINES = ("narrations", "traces")
+_COCO = ("instances", "captions", "refer", "goldg")  # objects with the lists "images" and "annotations"
+_ARRAYS = ("region_descriptions", "image_data", "grounded_captions", "questions")
+_LINES = ("narrations", "traces", "image_text")
 
 
 def narration(line: Record, words: Words, annotator: int) -> Record:
@@ -113,6 +112,7 @@ def records_of(line: Record) -> Records:
     for k, (text, thing) in enumerate(texts.expressions, start=1):
         sentences[thing].append({"sent_id": first + k, "sent": text, "raw": text, "tokens": text.split()})
     captions = [join([word.text for word in words]) for words in texts.captions]
+    traces = [join([word.text for word in words]) for words in texts.traces]
     # Which of the five captions is grounded changes from scene to scene.
     grounded = texts.captions[number % len(captions)]
     return {
@@ -151,6 +151,11 @@ def records_of(line: Record) -> Records:
             }
         ],
         "grounded_captions": [_grounded(line, grounded)],
+        "goldg/images": [{**image, "caption": captions[number % len(captions)]}],
+        "goldg/annotations": [
+            {**instances[thing], "id": first + k, "tokens_positive": [[start, end]]}
+            for k, (start, end, thing) in enumerate(phrases(grounded), start=1)
+        ],
         "questions": [
             {
                 "id": f"{Path(line['file']).stem}-{k}",
@@ -162,6 +167,7 @@ def records_of(line: Record) -> Records:
             }
             for k, (question, answer) in enumerate(texts.questions)
         ],
+        "image_text": [{"image": image["file_name"], "text": text} for text in (*captions, *traces)],
     }
 
 
@@ -217,7 +223,7 @@ class _ListWriter:
 def _write(folder: Path, shards: Sequence[Path], workers: int) -> int:
     """Writes all files into ``folder``, a shard at a time; returns how many scenes they are about."""
     categories = json.dumps([{"id": k, "name": kind, "supercategory": "object"} for k, kind in enumerate(KINDS, 1)])
-    images: list[str] = []
+    count = 0
     with ExitStack() as stack:
 
         def start(name: str, begin: str) -> TextIO:
@@ -225,25 +231,27 @@ def _write(folder: Path, shards: Sequence[Path], workers: int) -> int:
             file.write(begin)
             return file
 
-        lines = {name: start(f"{name}.jsonl", "") for name in _JSON_LINES}
-        arrays = {name: _ListWriter(start(f"{name}.json", "[")) for name in _JSON_ARRAYS}
-        lists = {name: _ListWriter(start(f"{name}.json", '{"annotations":[')) for name in _JSON_LISTS}
-        for texts in _all_shards(shards, workers):
-            images += texts["instances/images"]
+        lines = {name: start(f"{name}.jsonl", "") for name in _LINES}
+        arrays = {name: _ListWriter(start(f"{name}.json", "[")) for name in _ARRAYS}
+        coco = {name: _ListWriter(start(f"{name}.json", '{"annotations":[')) for name in _COCO}
+        images: dict[str, list[str]] = {name: [] for name in _COCO}
+        for texts in tqdm(_all_shards(shards, workers), total=len(shards), unit="shard", desc="texts written"):
+            count += len(texts["image_data"])
             for name, file in lines.items():
                 file.writelines(f"{text}\n" for text in texts.get(name, ()))
             for name, array in arrays.items():
                 array.add(texts.get(name, ()))
-            for name, array in lists.items():
+            for name, array in coco.items():
                 array.add(texts.get(f"{name}/annotations", ()))
+                images[name] += texts[f"{name}/images"]
         for array in arrays.values():
             array.file.write("\n]\n")
-        for name, array in lists.items():
+        for name, array in coco.items():
             array.file.write("\n],\n")
             if name != "captions":
                 array.file.write(f'"categories":{categories},\n')
-            array.file.write('"images":[\n' + ",\n".join(images) + "\n]}\n")
-    return len(images)
+            array.file.write('"images":[\n' + ",\n".join(images[name]) + "\n]}\n")
+    return count
 
 
 def publish(out: Path, shards: Sequence[Path], workers: int = 1, anew: bool = False) -> bool:
