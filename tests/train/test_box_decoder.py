@@ -21,6 +21,7 @@ from deixis_train.loaders.flax import load_flax, name_table, read_flax
 from deixis_train.loaders.golden import config_from_golden
 from deixis_train.losses.boxes import encode_deltas, pairwise_iou
 from deixis_train.models.box_decoder import BoxDecoder
+from deixis_train.models.box_decoder.box_decoder import nominal_strides
 from deixis_train.models.box_decoder.dense_captions import dense_captions, rank_beams, score_with_caption
 from deixis_train.models.box_decoder.proposals import nms, peaks, suppress
 from deixis_train.models.box_decoder.roi import apply_deltas, roi_align, roi_levels
@@ -31,6 +32,7 @@ from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corner_prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm"
+STRIDES = (8, 16, 32, 64, 128)
 SMALL = BoxDecoderConfig(
     up_channels=16, channels=64, tower_channels=64, fc_dims=(32, 32), post_nms_test=40, max_detections=20
 )
@@ -68,7 +70,7 @@ def features(model: PixelLLM) -> Tensor:
 
 def small_decoder(seed: int = 0, **changes: object) -> BoxDecoder:
     torch.manual_seed(seed)
-    return BoxDecoder(dataclasses.replace(SMALL, **changes), dim_in=8, image_size=128).eval()
+    return BoxDecoder(dataclasses.replace(SMALL, **changes), dim_in=8, image_size=128, grid=9).eval()
 
 
 # ---- golden vectors
@@ -125,6 +127,15 @@ def test_a_detector_changes_no_other_start_value() -> None:
     torch.manual_seed(5)
     state = PixelLLM(dataclasses.replace(PRESETS["tiny"], box_decoder=SMALL)).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in without.items())
+
+
+@pytest.mark.parametrize(
+    ("image_size", "grid", "finest"), [(384, 27, 8), (128, 9, 8), (512, 36, 8), (512, 32, 8), (512, 16, 16)]
+)
+def test_strides_fit_the_grid(image_size: int, grid: int, finest: int) -> None:
+    strides = nominal_strides(image_size, grid)
+    assert strides == tuple(finest << level for level in range(5))
+    assert image_size <= strides[1] * grid < 1.5 * image_size  # the places reach over the whole picture
 
 
 def test_configuration_survives_json() -> None:
@@ -213,7 +224,8 @@ def test_roi_align_is_the_plain_loop() -> None:
     boxes[0, 0] = 0  # empty
     boxes[0, 1] = [0, 0, 128, 128]  # reaches past the map's last centre
     levels = rng.integers(3, 8, (2, 12))
-    found = roi_align([torch.from_numpy(m) for m in maps], torch.from_numpy(boxes), torch.from_numpy(levels))
+    pyramid = [torch.from_numpy(m) for m in maps]
+    found = roi_align(pyramid, torch.from_numpy(boxes), torch.from_numpy(levels), STRIDES)
     for picture in range(2):
         for i, level in enumerate(levels[picture]):
             want = brute_force_roi_align(maps[level - 3][picture], boxes[picture, i].astype(float) / 2**level)
@@ -223,7 +235,8 @@ def test_roi_align_is_the_plain_loop() -> None:
 def test_levels_follow_the_size_of_the_box() -> None:
     sides = torch.tensor([0.0, 3, 111, 113, 223, 225, 450, 900, 5000])
     boxes = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], dim=-1)
-    assert roi_levels(boxes).tolist() == [3, 3, 3, 3, 3, 4, 5, 6, 7]
+    assert roi_levels(boxes, STRIDES).tolist() == [3, 3, 3, 3, 3, 4, 5, 6, 7]
+    assert torch.equal(roi_levels(2 * boxes, tuple(2 * stride for stride in STRIDES)), roi_levels(boxes, STRIDES))
 
 
 @given(st.lists(st.floats(1, 100), min_size=8, max_size=8))
@@ -260,7 +273,7 @@ def test_a_batch_is_as_good_as_one_at_a_time() -> None:
 @torch.no_grad()
 def test_boxes_that_score_too_little_and_empty_slots(decoder: BoxDecoder) -> None:
     data = golden("box_decoder")
-    strict = BoxDecoder(dataclasses.replace(decoder.config, score_threshold=0.7, max_detections=70), 96, 128)
+    strict = BoxDecoder(dataclasses.replace(decoder.config, score_threshold=0.7, max_detections=70), 96, 128, 9)
     strict.load_state_dict(decoder.state_dict())
     found = strict(data["features"])
     enough = (data["detection_scores"] > 0.7).sum(dim=1)
@@ -362,11 +375,15 @@ def test_every_part_learns_and_so_do_the_features() -> None:
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in decoder.parameters())
 
 
-def test_it_learns_where_a_box_is() -> None:
-    decoder = small_decoder(rois_per_image=32, pre_nms_train=100, post_nms_train=30)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_it_learns_where_a_box_is(scale: int) -> None:
+    """Also where the same grid lies over a picture twice as large."""
+    config = dataclasses.replace(SMALL, rois_per_image=24, pre_nms_train=100, post_nms_train=30)
+    torch.manual_seed(0)
+    decoder = BoxDecoder(config, 8, 128 * scale, 9).eval()
     generator = torch.Generator().manual_seed(4)
     features = torch.randn(1, 9, 9, 8, generator=generator)
-    truth = torch.tensor([[[20.0, 30, 74, 92]]])
+    truth = torch.tensor([[[50.0, 60, 104, 122]]]) * scale
     optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
     for _ in range(30):
         losses, _ = proposal_losses(decoder, features, truth, generator)

@@ -126,7 +126,8 @@ class BoxDecoderConfig:
     channels: int = 256  # of the pyramid
     tower_channels: int = 256  # of the CenterNet head
     fc_dims: tuple[int, ...] = (1024, 1024)  # of the second stage, two layers
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)  # nominal, of P3 to P7, px
+    # Nominal strides of P3 to P7, px. None: half the grid's own stride, rounded up to a power of two, and its doubles
+    strides: tuple[int, ...] | None = None
     pre_nms_test: int = 1000  # places considered per picture, and proposals kept of them
     post_nms_test: int = 256
     pre_nms_train: int = 2000

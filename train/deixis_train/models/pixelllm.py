@@ -76,7 +76,9 @@ class PixelLLM(nn.Module):
         self.mask_adapter = MaskAdapter(config.mask_adapter, dim, text_dim) if config.mask_adapter else None
         self.init_weights()
         # Last, so that a seed gives the other parts the same values with and without it. It initialises itself.
-        self.box_decoder = BoxDecoder(config.box_decoder, fused, config.image_size) if config.box_decoder else None
+        self.box_decoder = None
+        if config.box_decoder is not None:
+            self.box_decoder = BoxDecoder(config.box_decoder, fused, config.image_size, self.grid)
 
     # ---- pictures
 

@@ -7,6 +7,7 @@ T places of all levels, K proposals, N detections. Boxes are XYXY px of the padd
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,15 +55,30 @@ class Detections(NamedTuple):
     num_detections: Tensor
 
 
-class BoxDecoder(nn.Module):
-    """Finds objects in fused features."""
+def nominal_strides(image_size: int, grid: int, levels: int = 5) -> tuple[int, ...]:
+    """Strides of P3 to P7 for a grid over a picture, px: P4 is the grid, with its stride rounded up to a power of two.
 
-    def __init__(self, config: BoxDecoderConfig, dim_in: int, image_size: int) -> None:
+    A grid of 27 over 384 px has 14.2 px and counts as 16, so the levels are 8, 16, 32, 64 and 128.
+    """
+    of_grid = 1 << max(1, math.ceil(math.log2(image_size / grid)))
+    return tuple((of_grid // 2) << level for level in range(levels))
+
+
+class BoxDecoder(nn.Module):
+    """Finds objects in fused features [B, g, g, C].
+
+    Attributes:
+        strides: nominal strides of P3 to P7, px.
+        image_size: side of the padded network input, px; boxes are clipped to it.
+    """
+
+    def __init__(self, config: BoxDecoderConfig, dim_in: int, image_size: int, grid: int) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
+        self.strides = config.strides or nominal_strides(image_size, grid)
         self.pyramid = FeaturePyramid(dim_in, config.up_channels, config.channels)
-        self.head = CenterNetHead(config.channels, config.tower_channels, len(config.strides))
+        self.head = CenterNetHead(config.channels, config.tower_channels, len(self.strides))
         self.roi_head = RoiHead(config.channels, config.fc_dims)
         self.init_weights()
 
@@ -83,7 +99,7 @@ class BoxDecoder(nn.Module):
 
     def boxes(self, maps: DenseMaps) -> Tensor:
         """The box that each place predicts, not clipped: [B, T, 4]."""
-        return boxes_at(maps.regression, maps.shapes, self.config.strides)
+        return boxes_at(maps.regression, maps.shapes, self.strides)
 
     def select(self, maps: DenseMaps, training: bool = False) -> Proposals:
         """The most promising boxes of the first stage, clipped to the input.
@@ -106,7 +122,7 @@ class BoxDecoder(nn.Module):
 
     def roi(self, pyramid: list[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """The second stage on given boxes [B, K, 4]: logits (background, object) [B, K, 2], deltas [B, K, 4]."""
-        return self.roi_head(roi_align(pyramid, boxes, roi_levels(boxes)))
+        return self.roi_head(roi_align(pyramid, boxes, roi_levels(boxes, self.strides), self.strides))
 
     def finish(self, proposals: Proposals, logits: Tensor, deltas: Tensor) -> Detections:
         """Detections from proposals and what `roi` says of them.

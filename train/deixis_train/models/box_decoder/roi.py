@@ -14,17 +14,17 @@ from deixis_train.losses.boxes import DELTA_SCALE, MAX_LOG_SCALE, area
 BINS = 7  # of RoIAlign, per side
 SAMPLES = 2  # of each bin, per side
 FIRST_LEVEL, LAST_LEVEL = 3, 7
-CANONICAL_SIZE, CANONICAL_LEVEL = 224.0, 4  # a box of this size belongs to this level
+CANONICAL_LEVEL, CANONICAL_CELLS = 4, 14  # a box that measures so many strides of this level, or more, belongs to it
 
 
-def roi_levels(boxes: Tensor) -> Tensor:
+def roi_levels(boxes: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The pyramid level of each box by its size: boxes [..., 4] -> [...] int64 in 3..7."""
-    size = area(boxes).sqrt()
-    levels = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + 1e-8))
+    canonical_size = CANONICAL_CELLS * strides[CANONICAL_LEVEL - FIRST_LEVEL]  # 224 px at stride 16
+    levels = torch.floor(CANONICAL_LEVEL + torch.log2(area(boxes).sqrt() / canonical_size + 1e-8))
     return levels.clamp(FIRST_LEVEL, LAST_LEVEL).long()
 
 
-def roi_align(pyramid: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
+def roi_align(pyramid: list[Tensor], boxes: Tensor, levels: Tensor, strides: tuple[int, ...]) -> Tensor:
     """RoIAlign: 7 x 7 bins, each the mean of 2 x 2 bilinear samples, on the pixel grid shifted by a half.
 
     A map is 0 outside, and fades to that within a pixel of its outermost centres. All levels lie in one sheet with
@@ -33,7 +33,8 @@ def roi_align(pyramid: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
     Args:
         pyramid: maps [B, D, h, w] of P3 to P7, none wider than the first.
         boxes: [B, N, 4] px, float32.
-        levels: [B, N] int64, 3 to 7; coordinates are divided by 2 ** level.
+        levels: [B, N] int64, 3 to 7.
+        strides: nominal ones of P3 to P7, which coordinates are divided by.
 
     Returns:
         [B, N, 7, 7, D] float32, rows first.
@@ -42,13 +43,15 @@ def roi_align(pyramid: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
     sheet = [F.pad(level, (1, width - 1 - level.shape[3], 1, 0)) for level in pyramid]
     heights = [level.shape[2] for level in sheet]
     sheet = F.pad(torch.cat(sheet, dim=2), (0, 0, 0, 1)).to(boxes.dtype)
-    # Of each box's level: index of its first row in the sheet, height and width.
-    tops = [1 + sum(heights[:i]) for i in range(len(pyramid))]
-    table = [[top, level.shape[2], level.shape[3]] for top, level in zip(tops, pyramid, strict=True)]
-    top, tall, wide = boxes.new_tensor(table)[levels - FIRST_LEVEL].split(1, dim=-1)
+    # Of each box's level: index of its first row in the sheet, height, width and stride.
+    table = [
+        [1 + sum(heights[:i]), level.shape[2], level.shape[3], stride]
+        for i, (level, stride) in enumerate(zip(pyramid, strides, strict=True))
+    ]
+    top, tall, wide, stride = boxes.new_tensor(table)[levels - FIRST_LEVEL].split(1, dim=-1)
 
     steps = (torch.arange(BINS * SAMPLES, device=boxes.device, dtype=boxes.dtype) + 0.5) / (BINS * SAMPLES)
-    scaled = boxes / (2.0**levels)[..., None]
+    scaled = boxes / stride
     x = scaled[..., 0:1] + (scaled[..., 2:3] - scaled[..., 0:1]) * steps - 0.5  # [B, N, 14] along each axis
     y = scaled[..., 1:2] + (scaled[..., 3:4] - scaled[..., 1:2]) * steps - 0.5
     # What lies further outside than the zeros around a map is brought to them.

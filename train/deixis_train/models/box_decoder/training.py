@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deixis_train.losses.detection import (
     HEATMAP_WEIGHT,
+    LEVEL_RANGES,
     REGRESSION_WEIGHT,
+    STRIDES,
     centernet_losses,
     centernet_targets,
 )
@@ -61,9 +63,11 @@ def proposal_losses(
     config = decoder.config
     boxes = boxes.to(features.device, torch.float32)
     maps = decoder.dense(features)
-    first = centernet_losses(
-        maps.heatmap, maps.regression, centernet_targets(boxes, maps.shapes, strides=config.strides)
-    )
+    # The published ranges of sizes belong to the published strides.
+    coarser = decoder.strides[0] / STRIDES[0]
+    ranges = tuple((low * coarser, high * coarser) for low, high in LEVEL_RANGES)
+    targets = centernet_targets(boxes, maps.shapes, strides=decoder.strides, ranges=ranges)
+    first = centernet_losses(maps.heatmap, maps.regression, targets)
 
     proposals = decoder.select(maps, training=True)
     sampled = [
