@@ -88,7 +88,7 @@ def test_the_reader_of_narrations_finds_the_same_boxes(data: Path, lines: list[d
 def test_instances_are_coco(data: Path, lines: list[dict[str, Any]]) -> None:
     coco = COCO(str(data / "annotations" / "instances.json"))
     for line in lines:
-        found = coco.loadAnns(coco.getAnnIds(imgIds=line["id"]))
+        found: Any = coco.loadAnns(coco.getAnnIds(imgIds=line["id"]))
         for annotation, thing in zip(found, line["objects"], strict=True):
             assert coco.cats[annotation["category_id"]]["name"] == thing["kind"]
             assert annotation["attributes"]["color"] == thing["color"]
