@@ -19,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deixis_train.data.formats.pictures import read_picture
+from deixis_train.data.preparation.geometry import place_fitted
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.models.config import PRESETS
 from deixis_train.models.pixelllm import PixelLLM
@@ -88,29 +89,6 @@ class FeatureStore:
         return self._arrays[chunk]
 
 
-class FeatureStores:
-    """Stores of several kinds, each possibly in several folders: the first that has a picture gives its array."""
-
-    def __init__(self) -> None:
-        self._stores: dict[str, list[FeatureStore]] = {}
-
-    def add(self, what: str, store: FeatureStore) -> None:
-        self._stores.setdefault(what, []).append(store)
-
-    def lacks(self, what: str, name: str) -> bool:
-        return not any(name in store for store in self._stores.get(what, []))
-
-    def get(self, what: str, names: Sequence[str]) -> NDArray[Any]:
-        """The arrays of some pictures, stacked: [B, ...] in the stored type. KeyError names an absent picture."""
-        stores = self._stores.get(what, [])
-        if len(stores) == 1:
-            return stores[0].get(names)
-        found = [next((store for store in stores if name in store), None) for name in names]
-        if None in found:
-            raise KeyError(names[found.index(None)])
-        return np.concatenate([store.get([name]) for store, name in zip(found, names, strict=True) if store])
-
-
 def fingerprint(model: PixelLLM, what: What) -> str:
     """8 hex digits that name what `what` holds of a picture: weights, sizes and normalisation of its encoder."""
     config = model.config
@@ -167,20 +145,10 @@ def normalize_small(model: PixelLLM, small: Tensor) -> Tensor:
 
 
 def read_fitted(path: Path, size: int) -> Fitted:
-    """A picture of the data as the network takes it.
-
-    Raises:
-        ValueError: no readable picture, or larger than the network input.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{path}: not a readable picture")
-    height, width = image.shape[:2]
-    if max(height, width) > size:
-        raise ValueError(f"{path}: {width}x{height} px do not fit the network input of {size} px")
-    padded = np.zeros((size, size, 3), np.uint8)
-    padded[:height, :width] = image[..., ::-1]
-    return padded, (height, width)
+    """A picture of the data as the network takes it. Raises DataError when it cannot be read."""
+    image = read_picture(path)
+    placement = place_fitted((image.shape[0], image.shape[1]), size)
+    return placement.place_image(image, size), placement.valid
 
 
 def fill(

@@ -11,14 +11,14 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deixis_train.data.batches import Batch, Example, collate
+from deixis_train.data.preparation.geometry import place_fitted
 from deixis_train.data.samples import Sample
 from deixis_train.models.prompt_encoder import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NO_MASK, NOT_A_POINT, POSITIVE
 from deixis_train.training.cells import Floats, Owners, cell_targets, meant_cells, same_thing
-from deixis_train.training.features import FeatureStores
+from deixis_train.training.features import FeatureStore
 from deixis_train.training.recipe import SourceSpec, StageSpec
 
 Prepare = Callable[[Sample, np.random.Generator], Example]
@@ -70,7 +70,7 @@ class Feed:
     source: SourceSpec
     samples: Sequence[Sample]
     prepare: Prepare
-    stores: FeatureStores
+    stores: Mapping[str, FeatureStore]  # of the folder of the source's pictures
     truth: Mapping[str, Truth]
     image_size: int
     seed: int
@@ -93,21 +93,23 @@ class Feed:
         names = [sample.key for sample in chosen]
         if self.stage.objective == "grid":
             return self._grid(chosen, names, np.random.default_rng((self.seed, 1, start)))
-        stored = {what: torch.from_numpy(self.stores.get(what, names)) for what in self.stage.cache}
+        stored = {what: torch.from_numpy(self.stores[what].get(names)) for what in self.stage.cache}
         micro = Micro(self.source.name, self.weight, **stored)  # pyright: ignore[reportArgumentType]
         wants_cells = self.stage.objective == "prompt_grid" or self.stage.auxiliary.cells > 0
         if wants_cells:
             truth = [self.truth[name] for name in names]
             occupied, targets = cell_targets([t.owner for t in truth], [t.table for t in truth])
             micro.occupied, micro.targets = torch.from_numpy(occupied), torch.from_numpy(targets)
+        if self.stage.objective == "prompt_grid":
+            sizes = [place_fitted((s.height, s.width), self.image_size).valid for s in chosen]
+            micro.whole = torch.tensor([[0.0, 0.0, width, height] for height, width in sizes])
+            return micro
         draws = [np.random.default_rng((self.seed, 2, start + i)) for i in range(count)]
         examples = [self.prepare(sample, rng) for sample, rng in zip(chosen, draws, strict=True)]
         # Pictures are stacked below, as bytes: `collate` would make floats of them.
         micro.batch = batch = collate(examples, self.source.name, frozenset(self.source.losses), _NOTHING)
         batch.features = None
         micro.whole = torch.tensor([[0.0, 0.0, e.valid_hw[1], e.valid_hw[0]] for e in examples])
-        if self.stage.objective == "prompt_grid":
-            return micro
         if not self.stage.cache:
             batch.images = torch.from_numpy(np.stack([e.image for e in examples if e.image is not None]))
         self._cells_of_text(micro, examples, names)
@@ -117,7 +119,7 @@ class Feed:
 
     def _grid(self, chosen: Sequence[Sample], names: Sequence[str], rng: np.random.Generator) -> Micro:
         """Half of the pictures that fill the width (so that no padding moves) are mirrored."""
-        small = self.stores.get("small", names)
+        small = self.stores["small"].get(names)
         truth = [self.truth[name] for name in names]
         occupied, targets = cell_targets([t.owner for t in truth], [t.table for t in truth])
         fills = np.array([sample.width >= sample.height for sample in chosen])
@@ -144,11 +146,12 @@ class Feed:
         row = 0
         for example, name in zip(examples, names, strict=True):
             owner, rows = self.truth[name].owner, len(example.text)
-            boxes = np.concatenate([example.points.reshape(-1, 4), example.boxes])
+            boxes = np.concatenate([example.points[:, :length].reshape(-1, 4), example.boxes])
             # The same few boxes stand at many positions.
             unique, place = np.unique(boxes, axis=0, return_inverse=True)
             cells = meant_cells(unique, example.instances, owner, self.image_size)[place.reshape(-1)]
-            look[row : row + rows, : example.points.shape[1]] = cells[: -rows or None].reshape(rows, -1, grid * grid)
+            own = cells[:-rows].reshape(rows, -1, grid * grid)
+            look[row : row + rows, : own.shape[1]] = own
             meant[row : row + rows] = cells[-rows:]
             row += rows
         micro.look = torch.from_numpy(look) if auxiliary.look else None
@@ -168,13 +171,13 @@ class Feed:
         points, labels = [], []
         for example, name, rng in zip(examples, names, draws, strict=True):
             for k in np.flatnonzero(~example.whole):
-                box = example.prompts[k]
                 if as_click:
+                    box = example.boxes[k] if example.boxes[k].any() else example.prompts[k]
                     owner = self.truth[name].owner if self.truth else None
                     points.append([_inside(box, example.instances, owner, self.image_size, rng), (0.0, 0.0)])
                     labels.append([POSITIVE, NOT_A_POINT])
                 else:
-                    x0, y0, x1, y1 = _jitter(box, example.valid_hw, self.source.jitter, rng)
+                    x0, y0, x1, y1 = (float(v) for v in example.prompts[k])
                     points.append([(x0, y0), (x1, y1), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)])
                     labels.append([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NO_MASK, NO_MASK, NO_MASK])
         if points:
@@ -182,13 +185,6 @@ class Feed:
 
 
 _NOTHING = torch.empty(0)
-
-
-def _jitter(box: Floats, valid_hw: tuple[int, int], share: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """The box as a person would draw it: each side moved by up to this share of its length."""
-    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
-    moved = box + rng.uniform(-share, share, 4) * sides
-    return np.clip(moved, 0, [valid_hw[1], valid_hw[0]] * 2)
 
 
 def _inside(

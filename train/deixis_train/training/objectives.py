@@ -28,7 +28,7 @@ from deixis_train.training.cells import cell_figures, cell_losses
 from deixis_train.training.features import normalize_small
 from deixis_train.training.flash import fused_encoder
 from deixis_train.training.micro import Micro
-from deixis_train.training.recipe import StageSpec
+from deixis_train.training.recipe import Part, StageSpec
 
 # Which positions bear locations (section 8): every word of a trace; in referring, the one that predicts the end.
 EVERY_WORD, LAST_WORD = "begin,end,pad", "^end-1"
@@ -65,22 +65,21 @@ class Objective:
     def features(self, micro: Micro) -> tuple[Tensor, Tensor | None]:
         """Fused features [B, g, g, C] and, where it was computed, SAM's own map [B, h, h, C2]."""
         model, sam_map = self.model, None
-        if micro.batch is None:
-            raise ValueError("features need a batch")
-        images, valid_hw = micro.batch.images, micro.batch.valid_hw
-        if images is not None:
-            images = images.float()
         sam, semantic = micro.sam, micro.semantic
-        if sam is None:
-            assert images is not None
-            with torch.set_grad_enabled("sam_encoder" in self.stage.train):
-                sam, sam_map = model.encode_sam(images, valid_hw)
-        if semantic is None:
-            assert images is not None
-            with torch.set_grad_enabled("semantic_encoder" in self.stage.train):
-                semantic = model.encode_semantic(images, valid_hw)
+        if sam is None or semantic is None:
+            assert micro.batch is not None and micro.batch.images is not None
+            images, valid_hw = micro.batch.images.float(), micro.batch.valid_hw
+            if sam is None:
+                with self._gradient("sam_encoder"):
+                    sam, sam_map = model.encode_sam(images, valid_hw)
+            if semantic is None:
+                with self._gradient("semantic_encoder"):
+                    semantic = model.encode_semantic(images, valid_hw)
         fused = torch.cat([semantic.float(), sam.float()], dim=-1)
         return (self.helpers.standardize(fused) if self.stage.auxiliary.standardize else fused), sam_map
+
+    def _gradient(self, part: Part) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(torch.is_grad_enabled() and part in self.stage.train)
 
     def _grid(self, micro: Micro) -> Outcome:
         assert micro.small is not None and micro.occupied is not None and micro.targets is not None
@@ -142,17 +141,17 @@ class Objective:
         if ("point" in batch.losses or "mask" in batch.losses) and model.point_predictor is not None:
             with torch.autocast(ids.device.type, enabled=False):  # bfloat16 is too coarse for places
                 locations = model.locate(states.float())
-            weight = self._positions(batch)
+            refer = _referring(batch)
+            weight = self._positions(batch, refer)
             if "point" in batch.losses:
                 terms["point"] = losses.point * self._point(locations, batch, weight)
-            if "text" not in batch.losses:
-                figures |= _referring_figures(locations, batch)
+            figures |= _referring_figures(locations, batch, refer)
             if "mask" in batch.losses:
                 terms["mask"] = losses.mask * self._mask(locations, batch, visual, states, sam_map)
         if auxiliary.look and micro.look is not None and weight is not None:
             terms["look"] = auxiliary.look * look_loss(attention, micro.look, weight)
         if auxiliary.match and micro.meant is not None and whole is not None:
-            rows = batch.whole & (batch.boxes.amax(-1) > 0)
+            rows = _referring(batch)
             logit = self.helpers.matcher(encoded[rows][:, : micro.meant.shape[1]])[..., 0]
             terms["match"] = auxiliary.match * match_loss(logit, micro.meant[rows])
         if auxiliary.cells and whole is not None and micro.occupied is not None and micro.targets is not None:
@@ -169,14 +168,13 @@ class Objective:
         with fused_encoder(self.model.text):
             yield
 
-    def _positions(self, batch: Batch) -> Tensor:
-        """How much each position's location counts [R, L] float."""
+    def _positions(self, batch: Batch, refer: Tensor) -> Tensor:
+        """How much each position's location counts [R, L] float; `refer` [R] says which rows are expressions."""
         config, ids = self.model.config, batch.text
-        words = valid_tokens(ids, EVERY_WORD, config.begin_token_id, config.end_token_id)
-        if "text" in batch.losses:
-            return words.float()
+        words = valid_tokens(ids, EVERY_WORD, config.begin_token_id, config.end_token_id).float()
         last = valid_tokens(ids, LAST_WORD, config.begin_token_id, config.end_token_id)
-        return torch.where(last, 1.0, self.stage.losses.before_end * words.float())
+        referring = torch.where(last, 1.0, self.stage.losses.before_end * words)
+        return torch.where(refer[:, None], referring, words)
 
     def _point(self, locations: Tensor, batch: Batch, weight: Tensor) -> Tensor:
         valid_hw = batch.valid_hw[batch.picture]
@@ -187,9 +185,7 @@ class Objective:
         everywhere = torch.ones_like(weight)
         return point_loss(to_pixels(locations, valid_hw), target, weight == 1, everywhere, kind="l1_nonzero")
 
-    def _mask(
-        self, locations: Tensor, batch: Batch, visual: Tensor, states: Tensor, sam_map: Tensor | None
-    ) -> Tensor:
+    def _mask(self, locations: Tensor, batch: Batch, visual: Tensor, states: Tensor, sam_map: Tensor | None) -> Tensor:
         model, config = self.model, self.model.config
         if batch.masks is None or sam_map is None:
             raise ValueError(f"source {batch.source!r} bears the loss mask, but has no masks or cached SAM features")
@@ -219,10 +215,17 @@ def _text_figures(logits: Tensor, ids: Tensor) -> Terms:
     return {"token_right": right.float().mean()}
 
 
+def _referring(batch: Batch) -> Tensor:
+    """Which rows [R] look for a thing in the whole picture: referring expressions."""
+    return batch.whole & (batch.boxes.amax(-1) > 0)
+
+
 @torch.no_grad()
-def _referring_figures(locations: Tensor, batch: Batch) -> Terms:
+def _referring_figures(locations: Tensor, batch: Batch, refer: Tensor) -> Terms:
     """Share of expressions with IoU > 0.5, and mean IoU, at the position where the box is read."""
-    last = valid_tokens(batch.text, LAST_WORD, 0, 1) & (batch.boxes.amax(-1) > 0)[:, None]
+    last = valid_tokens(batch.text, LAST_WORD, 0, 1) & refer[:, None]
+    if not last.any():
+        return {}
     valid_hw = batch.valid_hw[batch.picture]
     target = _fractions(batch.boxes[:, None].expand(-1, batch.text.shape[1], -1), valid_hw)
     ratio, _ = iou(locations.flatten(-2)[last], target[last])

@@ -83,10 +83,11 @@ class Auxiliary:
 class SourceSpec:
     """A data set in a stage. Paths are relative to the data folder.
 
-    weight: share of the steps with mixing "draw", factor of its losses with mixing "all". pictures: of a step, with
-    mixing "all". rows: most rows of a picture. scale, flip: augmentation (section 14). jitter: prompts are moved by up
-    to this share of their sides. point_prompts: share of the batches that ask by a click instead of a box.
-    instances: COCO-style annotations of the things in the pictures, for the objectives that need them.
+    kind, options, max_skipped: see `data.formats.open_source`. weight: share of the steps with mixing "draw", factor of
+    its losses with mixing "all". pictures: of a step, with mixing "all". rows: most rows of a picture. instructions,
+    referring, prefix_split, scale, flip, alignment and jitter (prompt_jitter) go to `data.preparation`.
+    point_prompts: share of the batches that ask by a click instead of a box. instances: COCO-style annotations of the
+    things in the pictures, for the objectives that need them.
     """
 
     name: str
@@ -98,6 +99,9 @@ class SourceSpec:
     pictures: int = 0
     rows: int = 1
     instructions: tuple[str, ...] = ()
+    referring: str | None = None
+    prefix_split: bool = False
+    alignment: Literal["rank", "text"] = "rank"
     text_length: int = 0  # 0: the model's
     context_length: int = 0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -105,6 +109,8 @@ class SourceSpec:
     jitter: float = 0.0
     point_prompts: float = 0.0
     instances: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_skipped: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -326,6 +332,8 @@ def _check(recipe: Recipe, file: str) -> None:
             raise RecipeError(f"{at}.batch: say how many pictures a step takes")
         if lacking := [s.name for s in stage.sources if stage.mixing == "all" and s.pictures < 1]:
             raise RecipeError(f"{at}.sources ({lacking[0]}).pictures: say how many pictures a step takes of it")
+        if stage.objective == "prompt_grid" and set(stage.cache) != {"sam", "semantic"}:
+            raise RecipeError(f"{at}.cache: this objective needs both features cached")
         dense = stage.objective != "text" or stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells
         for source in (*stage.sources, *stage.held_out):
             if dense and not source.instances:

@@ -1,0 +1,1 @@
+"""The shipped recipes, one TOML file each; `training.recipe` says what may stand in them."""

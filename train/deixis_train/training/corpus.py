@@ -1,0 +1,209 @@
+"""The data of a run: sources opened once, held in memory, with the truth of cells and the features of their pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deixis_train.data.formats import KINDS, open_source
+from deixis_train.data.formats.errors import DataError
+from deixis_train.data.formats.pictures import read_picture
+from deixis_train.data.preparation.geometry import place_fitted
+from deixis_train.data.preparation.prepare import Preparation
+from deixis_train.data.samples import Instance, Sample
+from deixis_train.models.config import PixelLLMConfig
+from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.training.cells import Names, cell_owners, names_of, thing_table
+from deixis_train.training.features import FeatureStore, What, fill, read_fitted, store_of
+from deixis_train.training.micro import Feed, Prepare, Truth
+from deixis_train.training.recipe import Recipe, SourceSpec, StageSpec
+from deixis_train.training.vocabulary import CachedTokenizer
+
+OWNER_CHUNK = 4096
+
+
+@dataclass
+class Things:
+    """Instances of the pictures of one file: without their masks, which only serve to find the owners of cells."""
+
+    samples: dict[str, Sample]
+    truth: dict[str, Truth] = field(default_factory=dict)
+
+
+class Corpus:
+    """What a recipe's sources hold, below the data folder. A source that several stages name is read once.
+
+    Args:
+        data: the data folder.
+        features: folder of cached features; those of `<images>` lie in `<features>/<images>`.
+        report: takes lines of progress.
+    """
+
+    def __init__(self, data: Path, features: Path, report: Callable[[str], None]) -> None:
+        self.data, self.features, self.report = data, features, report
+        self._samples: dict[tuple[str, ...], list[Sample]] = {}
+        self._things: dict[str, Things] = {}
+
+    def samples(self, spec: SourceSpec) -> list[Sample]:
+        """All samples of a source, with the instances of their pictures.
+
+        Raises:
+            DataError: the data cannot be read, or a picture has no instances although the recipe names some.
+        """
+        key = (spec.kind, *spec.files, "|", spec.images, spec.instances, repr(sorted(spec.options.items())))
+        if key not in self._samples:
+            source = open_source(
+                spec.kind,
+                [self.data / file for file in spec.files],
+                self.data / spec.images,
+                name=spec.name,
+                losses=spec.losses,
+                max_skipped=spec.max_skipped,
+                **_options(spec, self.data),
+            )
+            samples = list(source)
+            if spec.instances and spec.kind != "coco_instances":
+                known = self._things_of(spec).samples
+                samples = [replace(sample, instances=_instances(known, sample, spec)) for sample in samples]
+            self.report(f"source {spec.name}: {len(samples)} samples, {source.skipped} malformed records skipped")
+            self._samples[key] = samples
+        return self._samples[key]
+
+    def _things_of(self, spec: SourceSpec) -> Things:
+        if spec.instances not in self._things:
+            source = open_source(
+                "coco_instances",
+                [self.data / spec.instances],
+                self.data / spec.images,
+                name=f"{spec.name}.instances",
+                losses=(),
+                max_skipped=spec.max_skipped,
+            )
+            self._things[spec.instances] = Things({sample.key: sample for sample in source})
+        return self._things[spec.instances]
+
+    def names(self, recipe: Recipe) -> Names:
+        """Kinds and colours of the things of all stages."""
+        specs = [spec for stage in recipe.stages for spec in stage.sources if spec.instances]
+        return names_of(s for spec in specs for s in self._things_of(spec).samples.values())
+
+    def truth(self, spec: SourceSpec, names: Names, grid: int, size: int) -> Mapping[str, Truth]:
+        """Owners of cells and tables of things of every picture; the owners are kept on disk."""
+        things = self._things_of(spec)
+        if not things.truth:
+            path = self.data / spec.instances
+            digest = hashlib.sha256(f"{grid} {size} ".encode() + path.read_bytes()).hexdigest()[:8]
+            store = FeatureStore(self.features / spec.images / f"owner-{digest}")
+            lacking = [name for name in things.samples if name not in store]
+            for start in range(0, len(lacking), OWNER_CHUNK):
+                part = lacking[start : start + OWNER_CHUNK]
+                store.add(part, np.stack([_owners(things.samples[name], grid, size) for name in part]))
+                self.report(f"cells of {spec.instances}: {start + len(part)}/{len(lacking)}")
+            for name, sample in things.samples.items():
+                things.truth[name] = Truth(store.get([name])[0], thing_table(sample, names))
+                instances = tuple(replace(instance, mask=None) for instance in sample.instances)
+                things.samples[name] = replace(sample, instances=instances)
+        return things.truth
+
+    def texts(self, recipe: Recipe) -> Iterable[str]:
+        """Every text that the stages of objective "text" may read or write, for a vocabulary."""
+        for stage in recipe.stages:
+            for spec in stage.sources if stage.objective == "text" else ():
+                yield from spec.instructions
+                if spec.referring:
+                    yield spec.referring
+                for sample in self.samples(spec):
+                    for row in sample.rows:
+                        yield row.text
+                        yield row.context
+
+
+def _options(spec: SourceSpec, data: Path) -> dict[str, Any]:
+    """The reader's own options; those that are files lie in the data folder like everything else."""
+    reader = KINDS.get(spec.kind)
+    if reader is None:
+        return dict(spec.options)  # `open_source` says what is wrong
+    takes = inspect.signature(reader.__init__).parameters
+    files = {name for name, parameter in takes.items() if "Path" in str(parameter.annotation)}
+    return {name: data / value if name in files else value for name, value in spec.options.items()}
+
+
+def _instances(known: Mapping[str, Sample], sample: Sample, spec: SourceSpec) -> tuple[Instance, ...]:
+    if sample.key not in known:
+        raise DataError(f"{sample.where}: {spec.instances} has no instances of {sample.key}")
+    return known[sample.key].instances
+
+
+def _owners(sample: Sample, grid: int, size: int) -> np.ndarray:
+    return cell_owners(sample, grid, size, place_fitted((sample.height, sample.width), size).valid)
+
+
+def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
+    """How the samples of a source become examples for a model."""
+    return Preparation(
+        image_size=config.image_size,
+        text_length=spec.text_length or config.max_caption_length,
+        context_length=spec.context_length or config.context_length,
+        scale=spec.scale,
+        flip=spec.flip,
+        max_rows=spec.rows,
+        instructions=spec.instructions,
+        referring=spec.referring,
+        prefix_split=spec.prefix_split,
+        prompt_jitter=spec.jitter,
+        masks="mask" in spec.losses,
+        alignment=spec.alignment,
+    )
+
+
+def _preparer(spec: SourceSpec, config: PixelLLMConfig, tokenizer: CachedTokenizer, pictures: bool) -> Prepare:
+    preparation = preparation_of(spec, config)
+
+    def prepare(sample: Sample, rng: np.random.Generator):
+        image = read_picture(sample.image) if pictures else None
+        return preparation.prepare(sample, rng, image=image, tokenizer=tokenizer, training=True)  # pyright: ignore[reportArgumentType]
+
+    return prepare
+
+
+def feeds_of(
+    corpus: Corpus,
+    model: PixelLLM,
+    stage: StageSpec,
+    specs: Sequence[SourceSpec],
+    tokenizer: CachedTokenizer,
+    names: Names,
+    seed: int,
+    *,
+    writer: bool,
+) -> list[Feed]:
+    """Feeds of a stage's sources (or of its held-out ones), in their order; missing features are computed first.
+
+    writer: this process computes them; the others must come after it.
+    """
+    config, auxiliary = model.config, stage.auxiliary
+    grid_stage = stage.objective == "grid"
+    dense = grid_stage or stage.objective == "prompt_grid" or auxiliary.cells or auxiliary.look or auxiliary.match
+    whats: list[What] = ["small"] if grid_stage else list(stage.cache)
+    feeds = []
+    for number, spec in enumerate(specs):
+        truth: Mapping[str, Truth] = {}
+        if dense or (spec.instances and spec.point_prompts):
+            truth = corpus.truth(spec, names, model.grid, config.image_size)
+        samples = corpus.samples(spec)
+        folder = corpus.features / spec.images
+        if whats and writer:
+            pictures = {sample.key: sample.image for sample in samples}
+            bf16 = stage.precision == "bf16"
+            fill(model, whats, folder, pictures, lambda path: read_fitted(path, config.image_size), bf16=bf16)
+        stores: dict[str, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
+        prepare = _preparer(spec, config, tokenizer, pictures=not whats)
+        source_seed = int(np.random.default_rng((seed, number)).integers(2**31))
+        feeds.append(Feed(stage, spec, samples, prepare, stores, truth, config.image_size, source_seed))
+    return feeds
