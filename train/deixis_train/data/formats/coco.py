@@ -14,6 +14,7 @@ from typing import Any
 from deixis_train.data.formats import fields
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import read_document
+from deixis_train.data.formats.masks import run_lengths
 from deixis_train.data.formats.pictures import Pictures
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.samples import Instance, Row, Sample
@@ -148,12 +149,12 @@ def _instances_of(
         if annotation.get("iscrowd"):
             continue  # a crowd is a region, not a thing
         with skips.record(where):
-            category = categories.get(annotation.get("category_id"))
+            category = categories.get(fields.identifier(annotation, "category_id"))
             if category is None:
-                raise MalformedError(f"no category has the id {annotation.get('category_id')!r}")
+                raise MalformedError(f"no category has the id {annotation['category_id']!r}")
             box = fields.box_from_xywh(annotation.get("bbox"), width, height)
             segmentation = annotation.get("segmentation")
-            mask = fields.run_lengths(segmentation, width, height) if segmentation else None
+            mask = run_lengths(segmentation, width, height) if segmentation else None
             instances.append(Instance(category, box, mask, _attributes(annotation)))
     return tuple(instances)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deixis_train.data.formats.errors import MalformedError
-from deixis_train.data.samples import Box, Rle
+from deixis_train.data.samples import Box
 
 MIN_INSIDE = 0.5  # share of a box that must lie in the picture; what hangs over by less is cut off
 
@@ -78,32 +78,3 @@ def box_from_xywh(values: Any, width: int, height: int) -> Box:
     if x1 <= x0 or y1 <= y0 or (x1 - x0) * (y1 - y0) < MIN_INSIDE * w * h:
         raise MalformedError(f"box {values!r:.80} lies outside the picture of {width}x{height} px")
     return x0, y0, x1, y1
-
-
-def run_lengths(segmentation: Any, width: int, height: int) -> Rle:
-    """Compressed COCO run lengths from polygons or from run lengths of either kind, for a picture of that size px."""
-    from pycocotools import mask  # imported here: most sources have no masks
-
-    coco_mask: Any = mask  # its stubs know texts for counts where the library has bytes
-    if isinstance(segmentation, dict):
-        if list(segmentation.get("size", ())) != [height, width]:
-            raise MalformedError(f"mask of size {segmentation.get('size')} for a picture of {width}x{height} px")
-        counts = segmentation.get("counts")
-        if isinstance(counts, list):
-            if not all(isinstance(c, int) and c >= 0 for c in counts) or sum(counts) != width * height:
-                raise MalformedError("run lengths of the mask do not fill the picture")
-            rle = coco_mask.frPyObjects(segmentation, height, width)
-        elif isinstance(counts, str) and counts:
-            rle = {"size": [height, width], "counts": counts.encode("ascii", "replace")}
-        else:
-            raise MalformedError("mask without run lengths")
-    elif isinstance(segmentation, list) and segmentation:
-        for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise MalformedError("a polygon of the mask is not a list of at least three x, y pairs")
-            if not all(is_finite(v) for v in polygon):
-                raise MalformedError("a polygon of the mask has coordinates that are no finite numbers")
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    else:
-        raise MalformedError("segmentation is neither polygons nor run lengths")
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}

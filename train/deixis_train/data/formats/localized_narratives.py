@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from deixis_train.data.formats import fields
 from deixis_train.data.formats.coco import read_coco
-from deixis_train.data.formats.errors import MalformedError, Skips
+from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import check_file, read_lines
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.samples import Row, Sample, Utterance
@@ -91,8 +91,12 @@ class LocalizedNarratives(Reader):
     def _stated_sizes(self) -> dict[str, tuple[int, int]]:
         if self._sizes is None:
             return {}
-        images = read_coco(self._sizes)["images"]
-        return {Path(image["file_name"]).name: (image["width"], image["height"]) for image in images}
+        try:
+            records = [fields.record(image) for image in read_coco(self._sizes)["images"]]
+            stated = {Path(fields.text(record, "file_name")).name: fields.size(record) for record in records}
+        except MalformedError as error:
+            raise DataError(f"{self._sizes}: 'images' without names or sizes: {error}") from None
+        return {name: size for name, size in stated.items() if size is not None}
 
     def _sample(self, record: dict[str, Any], where: str, sizes: dict[str, tuple[int, int]]) -> Sample:
         caption = fields.text(record, "caption")
@@ -104,7 +108,10 @@ class LocalizedNarratives(Reader):
         times = [(fields.number(u, "start_time"), fields.number(u, "end_time")) for u in timed]
         if any(end < start for start, end in times):
             raise MalformedError("an utterance ends before it starts")
-        centers, boxes, _ = trace_of_utterances(_joined_trace(record), times)
+        with np.errstate(over="ignore", invalid="ignore"):  # judged by the result
+            centers, boxes, _ = trace_of_utterances(_joined_trace(record), times)
+        if not (np.isfinite(centers).all() and np.isfinite(boxes).all()):
+            raise MalformedError("the trace runs off to infinity")
         utterances = tuple(
             Utterance(str(u.get("utterance") or "").strip(), tuple(center), tuple(box))
             for u, center, box in zip(timed, centers.tolist(), boxes.tolist(), strict=True)

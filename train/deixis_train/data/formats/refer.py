@@ -19,6 +19,7 @@ from typing import Any
 from deixis_train.data.formats import fields
 from deixis_train.data.formats.coco import Canvas, Entry, Numbered, entries_of, open_canvas, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
+from deixis_train.data.formats.masks import run_lengths
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.samples import Row, Sample
 
@@ -39,7 +40,7 @@ class ReferringExpressions(Reader):
     def read(self, path: Path, skips: Skips) -> Iterator[Sample]:
         document = read_coco(path)
         if isinstance(document.get("refs"), list):
-            _attach_refs(document, path, skips)
+            _attach_refs(document, self._split, path, skips)
         entries = entries_of(document, path, skips)
         if not any("caption" in e.record or "expressions" in e.record for e in entries) and not any(
             name in annotation for e in entries for _, annotation in e.annotations for name in _SENTENCES
@@ -81,9 +82,9 @@ class ReferringExpressions(Reader):
 
 def group_by_picture(entries: list[Entry], reader: Reader, skips: Skips) -> Iterator[tuple[Canvas, list[Entry]]]:
     """Entries of the same file name, with their picture, in the order in which the pictures come first."""
-    groups: dict[Any, list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(entry.record.get("file_name"), []).append(entry)
+        groups.setdefault(str(entry.record.get("file_name")), []).append(entry)
     for group in groups.values():
         canvas = open_canvas(group[0], reader.pictures, skips)
         if canvas is None:
@@ -103,20 +104,24 @@ def group_by_picture(entries: list[Entry], reader: Reader, skips: Skips) -> Iter
         yield canvas, alike
 
 
-def _attach_refs(document: dict[str, Any], path: Path, skips: Skips) -> None:
-    """Move the records of "refs" into the annotations that they name."""
-    annotations = {a.get("id"): a for a in document["annotations"] if isinstance(a, dict)}
+def _attach_refs(document: dict[str, Any], split: str | None, path: Path, skips: Skips) -> None:
+    """Move the sentences of "refs", of one split or of all, into the annotations that they name."""
+    known = [a for a in document["annotations"] if isinstance(a, dict) and isinstance(a.get("id"), (int, str))]
+    annotations = {annotation["id"]: annotation for annotation in known}
+    said: dict[int | str, list[Any]] = {}
     for number, value in enumerate(document["refs"]):
         try:
             ref = fields.record(value)
-            annotation = annotations.get(fields.identifier(ref, "ann_id"))
-            if annotation is None:
-                raise MalformedError(f"no annotation has the id {ref['ann_id']}")
-            annotation.setdefault("sentences", []).extend(fields.items(ref, "sentences"))
-            if "split" in ref:
-                annotation["split"] = ref["split"]
+            if split is not None and ref.get("split", split) != split:
+                continue
+            named = fields.identifier(ref, "ann_id")
+            if named not in annotations:
+                raise MalformedError(f"no annotation has the id {named}")
+            said.setdefault(named, []).extend(fields.items(ref, "sentences"))
         except MalformedError as error:
             skips.skip(f"{path}:refs[{number}]", str(error))
+    for named, sentences in said.items():
+        annotations[named]["sentences"] = sentences
 
 
 def _texts(record: dict[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -137,5 +142,5 @@ def _texts(record: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 def _row(text: str, annotation: dict[str, Any], canvas: Canvas) -> Row:
     box = fields.box_from_xywh(annotation.get("bbox"), canvas.width, canvas.height)
     segmentation = annotation.get("segmentation")
-    mask = fields.run_lengths(segmentation, canvas.width, canvas.height) if segmentation else None
+    mask = run_lengths(segmentation, canvas.width, canvas.height) if segmentation else None
     return Row(text, box=box, mask=mask)

@@ -62,16 +62,14 @@ class VisualGenome(Reader):
             yield sample
 
     def _read_regions(self, path: Path, skips: Skips) -> Iterator[tuple[Any, Sample]]:
-        known = self._image_data()
+        known = self._stated_sizes()
         for where, value in read_array(path):
             try:
                 record = fields.record(value)
                 regions = fields.items(record, "regions")
-                image_id = record.get("id", record.get("image_id"))
-                if image_id is None and regions:  # older releases number only the regions
-                    image_id = fields.record(regions[0], "region").get("image_id")
-                if image_id is None:
-                    raise MalformedError("no 'id'")
+                # older releases number only the regions
+                named = record if "id" in record or not regions else fields.record(regions[0], "region")
+                image_id = fields.identifier(named, "id" if "id" in named else "image_id")
                 name, size = known.get(image_id, (f"{image_id}.jpg", None))
             except MalformedError as error:
                 skips.skip(where, str(error))
@@ -105,19 +103,13 @@ class VisualGenome(Reader):
                 sample = Sample(canvas.path, canvas.width, canvas.height, tuple(rows), where=entry.where)
                 yield entry.record["id"], sample
 
-    def _image_data(self) -> dict[Any, tuple[str, tuple[int, int]]]:
+    def _stated_sizes(self) -> dict[Any, tuple[str, tuple[int, int] | None]]:
         if self._sizes is None:
             return {}
         try:
-            return {
-                image.get("image_id", image.get("id")): (
-                    Path(image["url"]).name if "url" in image else f"{image.get('image_id', image.get('id'))}.jpg",
-                    (image["width"], image["height"]),
-                )
-                for image in read_document(self._sizes)
-            }
-        except (TypeError, KeyError, AttributeError):
-            raise DataError(f"{self._sizes}: not image_data.json, a list of pictures with their sizes") from None
+            return dict(map(_image_data, read_document(self._sizes)))
+        except (TypeError, MalformedError):
+            raise DataError(f"{self._sizes}: not image_data.json, a list of pictures with id and size") from None
 
     def _wanted_ids(self) -> set[Any] | None:
         if self._splits is None:
@@ -125,4 +117,14 @@ class VisualGenome(Reader):
         listed = read_document(self._splits)
         if not isinstance(listed, dict) or not isinstance(listed.get(str(self._split)), list):
             raise DataError(f"{self._splits}: no list {self._split!r}; it has {', '.join(map(str, listed))[:80]}")
-        return set(listed[str(self._split)])
+        try:
+            return set(listed[str(self._split)])
+        except TypeError:
+            raise DataError(f"{self._splits}: list {self._split!r} is not made of picture ids") from None
+
+
+def _image_data(value: Any) -> tuple[Any, tuple[str, tuple[int, int] | None]]:
+    record = fields.record(value)
+    image_id = fields.identifier(record, "image_id" if "image_id" in record else "id")
+    name = Path(fields.text(record, "url")).name if "url" in record else f"{image_id}.jpg"
+    return image_id, (name, fields.size(record))

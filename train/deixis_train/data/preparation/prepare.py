@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from deixis_train.data.batches import Example, Floats, Ints
 from deixis_train.data.formats.errors import DataError
@@ -30,6 +30,12 @@ from deixis_train.data.preparation.geometry import (
 from deixis_train.data.samples import Box, Row, Sample
 
 
+class TextEncoder(Protocol):
+    """What is needed of `tokenizers.Tokenizer`: encodings with `ids` and, in characters of the text, `offsets`."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How samples of a source become examples. The defaults leave pictures and rows as they are.
@@ -46,9 +52,8 @@ class Preparation:
     prefix_split: training draws a word of the text, possibly the first: what stands before it is the context, the
         rest the text (stage 0). Evaluation asks for the whole text with no context, or with an instruction.
     prompt_jitter: in training each side of a prompt's box moves by up to this share of the box's width or height.
-    masks: decode the rows' masks.
-    fixed_length: always L and C positions, as what reads features at padding too needs it (the mask adapter, section
-        9). Otherwise ids are padded to the longest row of the picture.
+    masks: decode the rows' masks. Texts then always have L positions, because the mask adapter reads features at
+        padding too (section 9); otherwise they are padded to the longest of the picture.
     alignment: of narrations, see `alignment.py`. "text" falls back on "rank" for a narration whose utterances do not
         spell the caption.
     """
@@ -65,7 +70,6 @@ class Preparation:
     prefix_split: bool = False
     prompt_jitter: float = 0.0
     masks: bool = False
-    fixed_length: bool = False
     alignment: Alignment = "rank"
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class Preparation:
         rng: np.random.Generator,
         *,
         image: NDArray[np.uint8] | None,
-        tokenizer: Tokenizer,
+        tokenizer: TextEncoder,
         training: bool,
     ) -> Example:
         """Make an example of a sample. Everything random comes from `rng`: the same state gives the same example.
@@ -165,11 +169,11 @@ class Preparation:
         return row, ""
 
     def _texts(
-        self, rows: list[Row], sample: Sample, placement: Placement, tokenizer: Tokenizer
+        self, rows: list[Row], sample: Sample, placement: Placement, tokenizer: TextEncoder
     ) -> tuple[Ints, Floats]:
         """Ids [K, L] and the corners that they point at [K, L, 4], px of the input."""
-        encodings = [tokenizer.encode(row.text, add_special_tokens=False) for row in rows]
-        ids = self._padded([[PAD, *encoding.ids, EOS] for encoding in encodings], self.text_length)
+        encodings = [tokenizer.encode(row.text.strip(), add_special_tokens=False) for row in rows]
+        ids = _padded([[PAD, *encoding.ids, EOS] for encoding in encodings], self.text_length, fixed=self.masks)
         points = np.zeros((*ids.shape, 4), np.float32)
         for k, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
             words = (ids[k] != PAD) & (ids[k] != EOS)
@@ -184,23 +188,15 @@ class Preparation:
 
     def _owners(self, row: Row, ends: list[int], words: int) -> Ints:
         if self.alignment == "text":
-            owners = align_by_text(row.text, ends, row.utterances)
+            owners = align_by_text(row.text.strip(), ends, row.utterances)
             if owners is not None:
                 return owners[:words]
         return align_by_rank(words, valid_utterances(row.utterances))
 
-    def _contexts(self, texts: list[str], tokenizer: Tokenizer) -> Ints:
-        sequences = [[*tokenizer.encode(t, add_special_tokens=False).ids, EOS] if t else [] for t in texts]
-        return self._padded(sequences, self.context_length)
-
-    def _padded(self, sequences: list[list[int]], length: int) -> Ints:
-        """Ids [K, at most `length`], cut and padded with 0."""
-        width = length if self.fixed_length else min(length, max(map(len, sequences), default=0))
-        ids = np.zeros((len(sequences), width), np.int64)
-        for k, sequence in enumerate(sequences):
-            kept = sequence[:width]
-            ids[k, : len(kept)] = kept
-        return ids
+    def _contexts(self, texts: list[str], tokenizer: TextEncoder) -> Ints:
+        # T5's own tokenizer ignores white space at the ends, others make a token of it
+        sequences = [[*tokenizer.encode(t.strip(), add_special_tokens=False).ids, EOS] if t else [] for t in texts]
+        return _padded(sequences, self.context_length)
 
     def _prompts(self, rows: tuple[Row, ...], placement: Placement, rng: np.random.Generator, training: bool) -> Floats:
         height, width = placement.valid
@@ -224,6 +220,16 @@ class Preparation:
             if row.mask is not None:
                 masks[k] = placement.place_mask(decode_mask(row.mask), self.image_size)
         return masks
+
+
+def _padded(sequences: list[list[int]], length: int, *, fixed: bool = False) -> Ints:
+    """Ids [K, at most `length`], cut and padded with 0; `fixed`: exactly that many."""
+    width = length if fixed else min(length, max(map(len, sequences), default=0))
+    ids = np.zeros((len(sequences), width), np.int64)
+    for k, sequence in enumerate(sequences):
+        kept = sequence[:width]
+        ids[k, : len(kept)] = kept
+    return ids
 
 
 def _is_seen(row: Row, placement: Placement) -> bool:
