@@ -397,12 +397,11 @@ def test_it_learns_where_a_box_is(scale: int) -> None:
 
 
 def test_rows_of_proposals() -> None:
-    text = torch.tensor([[0, 5, 1], [0, 6, 1], [0, 7, 1]])
-    proposals = CaptionProposals(torch.arange(16.0).reshape(2, 2, 4), torch.tensor([[1, -1], [0, 0]]))
-    rows = caption_rows(proposals, text, torch.tensor([0, 0, 1]))
-    assert rows.image_index.tolist() == [0, 0, 1, 1]
-    assert rows.text.tolist() == [[0, 6, 1], [0, 0, 0], [0, 7, 1], [0, 7, 1]]
-    assert torch.equal(rows.boxes, proposals.boxes.reshape(4, 4))
+    boxes = torch.arange(24.0).reshape(3, 2, 4)
+    proposals = CaptionProposals(boxes, torch.tensor([[1, -1], [-1, -1], [0, 0]]))
+    rows = caption_rows(proposals, torch.tensor([0, 0, 1, 2]))
+    assert rows.row.tolist() == [1, 3, 3]
+    assert torch.equal(rows.boxes, torch.stack([boxes[0, 0], boxes[2, 0], boxes[2, 1]]))
 
 
 def test_boxes_of_several_pictures_are_padded() -> None:

@@ -34,14 +34,14 @@ class CaptionProposals(NamedTuple):
 
 
 class CaptionRows(NamedTuple):
-    """Proposals as rows, B * P of them, for the prompt extractor and the text loss.
+    """Proposals that have a text to learn, M of all pictures together.
 
-    image_index: [B * P] int64. boxes: [B * P, 4]. text: ids [B * P, L]; all 0 where there is nothing to learn.
+    boxes: XYXY px [M, 4], to prompt with. row: [M] int64, the row of the batch whose picture, text and context are
+    theirs.
     """
 
-    image_index: Tensor
     boxes: Tensor
-    text: Tensor
+    row: Tensor
 
 
 def proposal_losses(
@@ -102,18 +102,15 @@ def pad_boxes(boxes: Sequence[Tensor | NDArray]) -> Tensor:
     return pad_sequence([torch.as_tensor(each, dtype=torch.float32).reshape(-1, 4) for each in boxes], batch_first=True)
 
 
-def caption_rows(proposals: CaptionProposals, text: Tensor, picture: Tensor) -> CaptionRows:
-    """Rows to learn captions on, where the true boxes were those of the batch's rows, picture by picture, in order.
+def caption_rows(proposals: CaptionProposals, picture: Tensor) -> CaptionRows:
+    """The matched proposals as rows, where the true boxes were those of the batch's rows, picture by picture, in order.
+
+    The others bear no loss of the text and are left out. There are none at all only if no row has a box.
 
     Args:
         proposals: of `proposal_losses`, for `pad_boxes([boxes[picture == b] for b in range(B)])`.
-        text: ids of the rows [R, L].
         picture: the picture of each row [R] int64, ascending.
     """
-    pictures, count = proposals.matched.shape
-    matched = proposals.matched.flatten()
-    image_index = torch.arange(pictures, device=matched.device).repeat_interleave(count)
-    start = torch.searchsorted(picture, image_index)  # of the picture's rows
-    found = matched >= 0
-    chosen = torch.where(found, start + matched, 0)
-    return CaptionRows(image_index, proposals.boxes.flatten(0, 1), torch.where(found[:, None], text[chosen], 0))
+    of_picture, place = torch.nonzero(proposals.matched >= 0, as_tuple=True)
+    first = torch.searchsorted(picture, of_picture)  # row of the picture
+    return CaptionRows(proposals.boxes[of_picture, place], first + proposals.matched[of_picture, place])
