@@ -9,6 +9,7 @@ import numpy as np
 
 from deixis_train.data.scenes.language import MARGIN, PHRASES, RELATIONS, Item, Noun, View, nouns
 
+VAGUE = 0.3  # people seldom say "the red object" of what they can call a mug
 SYNONYMS = {"large": "big", "small": "little", "object": "thing"}
 
 
@@ -90,7 +91,8 @@ def expressions(
             if not weights.any():
                 break
             group = groups[int(rng.choice(3, p=weights / weights.sum()))]
-            text = vary(group.pop(int(rng.integers(len(group)))), rng)
+            likely = np.array([VAGUE if "object" in text.split() else 1.0 for text in group])
+            text = vary(group.pop(int(rng.choice(len(group), p=likely / likely.sum()))), rng)
             # People who search often leave the article out.
             out.append((text if rng.random() < 0.15 else f"the {text}", index))
     return out
