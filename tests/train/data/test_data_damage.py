@@ -107,6 +107,7 @@ def test_damage_is_skipped_or_refused(name: str, folder: Path, data: st.DataObje
         assert "\n" not in str(error)
         return
     for sample in samples:
+        assert decode(encode(sample)) == sample
         assert all(row.text for row in sample.rows) and sample.where.startswith(str(folder))
         for box in [row.box for row in sample.rows] + [i.box for i in sample.instances]:
             assert box is None or (0 <= box[0] < box[2] <= sample.width and 0 <= box[1] < box[3] <= sample.height)

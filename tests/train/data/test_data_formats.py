@@ -300,6 +300,8 @@ def test_conversations(folder: Path, messages: Any) -> None:
         ("refer", '{"images": [], "annotations": []}', r"data\.json: no expressions"),
         ("goldg", '{"images": [], "annotations": []}', r"data\.json: no annotation has 'tokens_positive'"),
         ("visual_genome", "[1, 2", r"data\.json: not JSON, or it breaks off, after record 1"),
+        ("visual_genome", '["\xff"]', r"data\.json: not JSON text in UTF-8"),
+        ("goldg", '["\xff"]', r"data\.json: not JSON text in UTF-8"),
         ("visual_genome", "[]", r"no usable record in .*data\.json"),
         ("image_text", "\n\n?", r"data\.json:3: not JSON"),
         ("llava", "", r"no usable record in .*data\.json"),
@@ -307,7 +309,7 @@ def test_conversations(folder: Path, messages: Any) -> None:
 )
 def test_other_formats_and_nothing_at_all(folder: Path, kind: str, document: str, what: str) -> None:
     file = folder / "data.json"
-    file.write_text(document, encoding="utf-8")
+    file.write_text(document, encoding="latin-1")
     with pytest.raises(DataError, match=what):
         list(opened(folder, kind, file))
 

@@ -32,7 +32,16 @@ def text(fields: dict[str, Any], name: str) -> str:
         raise MalformedError(f"no text {name!r}")
     if not value.strip():
         raise MalformedError(f"{name!r} is empty")
-    return value.strip()
+    return whole_characters(value, name).strip()
+
+
+def whole_characters(value: str, name: str) -> str:
+    """The text itself, if it can be written as UTF-8: JSON may hold half of a surrogate pair, tokenizers may not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise MalformedError(f"{name!r} holds half a character") from None
+    return value
 
 
 def number(fields: dict[str, Any], name: str) -> float:

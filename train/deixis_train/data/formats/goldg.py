@@ -42,6 +42,7 @@ def _phrase(image: dict[str, Any], annotation: dict[str, Any]) -> str:
     caption = image.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise MalformedError("its picture's entry has no 'caption'")
+    fields.whole_characters(caption, "caption")
     pieces: list[str] = []
     for span in fields.items(annotation, "tokens_positive"):
         if (

@@ -64,6 +64,13 @@ def read_array(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises DataError when the file is something else, or breaks off.
     """
+    try:
+        yield from _pieces_of_array(path)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not JSON text in UTF-8") from None
+
+
+def _pieces_of_array(path: Path) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
         buffer, position, index = file.read(_PIECE).lstrip("\ufeff \t\r\n"), 1, 0

@@ -113,7 +113,7 @@ class LocalizedNarratives(Reader):
         if not (np.isfinite(centers).all() and np.isfinite(boxes).all()):
             raise MalformedError("the trace runs off to infinity")
         utterances = tuple(
-            Utterance(str(u.get("utterance") or "").strip(), tuple(center), tuple(box))
+            Utterance(_words(u), tuple(center), tuple(box))
             for u, center, box in zip(timed, centers.tolist(), boxes.tolist(), strict=True)
         )
         return Sample(image, width, height, (Row(caption, utterances=utterances),), where=where)
@@ -127,6 +127,11 @@ class LocalizedNarratives(Reader):
         if not str(image_id).isdecimal():
             raise MalformedError(f"'image_id' {image_id!r} is no number, which {template} needs")
         return template.format(int(image_id))
+
+
+def _words(timed: dict[str, Any]) -> str:
+    """What was said; may be empty, and then counts for nothing."""
+    return fields.whole_characters(str(timed.get("utterance") or ""), "utterance").strip()
 
 
 def _joined_trace(record: dict[str, Any]) -> Floats:

@@ -17,7 +17,7 @@ from deixis_train.data.samples import Instance, Row, Sample, Source, Utterance
 class SampleStore:
     """Reads a source once and keeps its samples in memory, each as compressed JSON in one buffer.
 
-    A sample is decoded when asked for (about 0.1 ms for a narration). Kept as objects, the narrations of COCO would
+    A sample is decoded when asked for (some 0.2 ms for a narration). Kept as objects, the narrations of COCO would
     take some 2 GB, and every worker process that touches them its own copy; so they take a fraction of that, shared by
     forked workers.
 
