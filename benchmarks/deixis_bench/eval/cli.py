@@ -138,9 +138,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _asked_tasks(options: argparse.Namespace, sources: dict[str, Any]) -> list[str]:
     """Names of tasks to run; of "all" those that the data has."""
-    if "all" in options.task:
-        return [task for task in TASKS if source_of(task) in sources]
-    return list(dict.fromkeys(options.task))
+    return [task for task in _named(options.task) if source_of(task) in sources]
+
+
+def _named(tasks: Sequence[str]) -> list[str]:
+    """Tasks as given, "all" spelt out, each once."""
+    return list(dict.fromkeys(name for task in tasks for name in (TASKS if task == "all" else (task,))))
 
 
 def source_of(task: str) -> str:
@@ -158,8 +161,7 @@ def _sources(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
         values = reader_options(options.option, options.split)
         files = Files(options.kind, tuple(options.files), options.images, values)
         return {source_of(options.task[0]): files}, joined, options.alignment or "rank"
-    asked = TASKS if "all" in options.task else options.task
-    sources = {source_of(task): files_of(options.data, source_of(task)) for task in asked}
+    sources = {source_of(task): files_of(options.data, source_of(task)) for task in _named(options.task)}
     if "all" in options.task:
         absent = [task for task, files in sources.items() if not files.files[0].is_file()]
         for task in absent:
@@ -167,7 +169,7 @@ def _sources(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
         if not sources:
             raise EvaluationError(f"{options.data}: holds no annotations; render scenes with 'deixis train scenes'")
     path = options.instances or options.data / INSTANCES
-    if options.instances is not None or path.is_file():
+    if {"caption", "regions"} & set(sources) and (options.instances is not None or path.is_file()):
         joined = Files("coco_instances", (path,), options.data / "images")
     return sources, joined, options.alignment or "text"
 

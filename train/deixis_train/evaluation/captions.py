@@ -5,8 +5,9 @@ Its tokenizer and METEOR 1.5 are Java programs. CIDEr takes its document frequen
 
 from __future__ import annotations
 
-import logging
+import re
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,6 @@ from numpy.typing import NDArray
 from deixis_train.evaluation.errors import EvaluationError
 
 Floats = NDArray[np.float64]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,13 @@ class CaptionScores:
 
 
 def require_java() -> None:
-    """Raise EvaluationError with what to install when there is no Java runtime."""
-    if shutil.which("java") is None:
-        raise EvaluationError(
-            "METEOR and CIDEr need a Java runtime, and there is no 'java' on the PATH; install one "
-            "(on Debian and Ubuntu: apt-get install default-jre-headless)"
-        )
+    """Raise EvaluationError with what to install when there is no Java runtime, or none that works."""
+    install = "install one (on Debian and Ubuntu: apt-get install default-jre-headless)"
+    java = shutil.which("java")
+    if java is None:
+        raise EvaluationError(f"METEOR and CIDEr need a Java runtime, and there is no 'java' on the PATH; {install}")
+    if subprocess.run([java, "-version"], capture_output=True, check=False).returncode != 0:
+        raise EvaluationError(f"METEOR and CIDEr need a Java runtime, and 'java -version' fails ({java}); {install}")
 
 
 def caption_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
@@ -68,6 +68,8 @@ def _tokenized(
         if not texts:
             raise EvaluationError(f"the text {text[:60]!r} has no reference to be judged by")
     require_java()
+    if not any(re.search(r"\w", text) for texts in references for text in texts):
+        raise EvaluationError("no reference has a word, so there is nothing to judge by")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokenizer = PTBTokenizer()
