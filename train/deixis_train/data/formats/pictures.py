@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deixis_train.data.formats.errors import DataError, MalformedError
 
+_LONGEST = 255  # characters of a file name that file systems take
 _PNG = b"\x89PNG\r\n\x1a\n"
 # start-of-frame segments of JPEG; C4, C8 and CC carry other things
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -37,6 +38,8 @@ class Pictures:
 
         Raises MalformedError when it is missing, no picture, or of another size than stated.
         """
+        if len(name) > _LONGEST or "\0" in name:
+            raise MalformedError(f"{name[:40]!r}... is no name of a picture")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise MalformedError(f"picture {name!r} leads out of the folder of pictures")
         path = next((path for folder in self._folders if (path := folder / name).is_file()), None)
