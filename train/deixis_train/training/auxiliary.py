@@ -1,4 +1,4 @@
-"""What only helps to learn: read-outs that are thrown away, and features of equal spread. Off in the paper's recipes."""
+"""What only helps to learn, off in the recipes of the paper: read-outs that are thrown away, standardised features."""
 
 from __future__ import annotations
 

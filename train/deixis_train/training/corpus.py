@@ -1,4 +1,4 @@
-"""The data of a run: sources opened once, held in memory, with the truth of cells and the features of their pictures."""
+"""The data of a run: sources opened once and held in memory, with the truth of cells and the features of pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from deixis_train.data.batches import Example
 from deixis_train.data.formats import KINDS, open_source
 from deixis_train.data.formats.errors import DataError
 from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.preparation.geometry import place_fitted
 from deixis_train.data.preparation.prepare import Preparation
 from deixis_train.data.samples import Instance, Sample
+from deixis_train.localisation.coding import Localiser
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.cells import Names, cell_owners, names_of, thing_table
@@ -165,7 +167,7 @@ def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
 def _preparer(spec: SourceSpec, config: PixelLLMConfig, tokenizer: CachedTokenizer, pictures: bool) -> Prepare:
     preparation = preparation_of(spec, config)
 
-    def prepare(sample: Sample, rng: np.random.Generator):
+    def prepare(sample: Sample, rng: np.random.Generator) -> Example:
         image = read_picture(sample.image) if pictures else None
         return preparation.prepare(sample, rng, image=image, tokenizer=tokenizer, training=True)  # pyright: ignore[reportArgumentType]
 
@@ -182,10 +184,11 @@ def feeds_of(
     seed: int,
     *,
     writer: bool,
+    localiser: Localiser | None = None,
 ) -> list[Feed]:
     """Feeds of a stage's sources (or of its held-out ones), in their order; missing features are computed first.
 
-    writer: this process computes them; the others must come after it.
+    writer: this process computes them; the others must come after it. localiser: says locations as tokens.
     """
     config, auxiliary = model.config, stage.auxiliary
     grid_stage = stage.objective == "grid"
@@ -205,5 +208,5 @@ def feeds_of(
         stores: dict[str, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
         prepare = _preparer(spec, config, tokenizer, pictures=not whats)
         source_seed = int(np.random.default_rng((seed, number)).integers(2**31))
-        feeds.append(Feed(stage, spec, samples, prepare, stores, truth, config.image_size, source_seed))
+        feeds.append(Feed(stage, spec, samples, prepare, stores, truth, config.image_size, source_seed, localiser))
     return feeds

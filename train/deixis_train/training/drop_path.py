@@ -17,7 +17,7 @@ SEMANTIC_RATE, SAM_RATE = 0.1, 0.5  # of the last block; the first has 0
 
 
 def add_drop_path(model: PixelLLM) -> None:
-    """Block i of n drops with probability rate * i / (n - 1) while its encoder is in training mode. TinyViT has none."""
+    """Block i of n drops with probability rate * i / (n - 1) while its encoder trains. TinyViT has none."""
     _hook(model.semantic_encoder.blocks, SEMANTIC_RATE)
     if isinstance(model.sam_encoder, SamVit):
         _hook(model.sam_encoder.blocks, SAM_RATE)

@@ -166,7 +166,7 @@ def fill(
 
     The encoders must be frozen and in evaluation mode. Pictures go to the device of the model.
     """
-    stores = {what: store_of(model, what, folder) for what in whats}
+    stores: dict[What, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
     lacking = [name for name in pictures if any(name not in store for store in stores.values())]
     device = next(model.parameters()).device
     started, done = time.monotonic(), 0

@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deixis_train.data.batches import Batch, Example, collate
 from deixis_train.data.preparation.geometry import place_fitted
 from deixis_train.data.samples import Sample
+from deixis_train.localisation.coding import Localiser, say_examples
 from deixis_train.models.prompt_encoder import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NO_MASK, NOT_A_POINT, POSITIVE
 from deixis_train.training.cells import Floats, Owners, cell_targets, meant_cells, same_thing
 from deixis_train.training.features import FeatureStore
@@ -39,6 +41,7 @@ class Micro:
     labels: Tensor | None = None  # [K, P]
     occupied: Tensor | None = None  # [B, g, g] bool
     targets: Tensor | None = None  # [B, g, g, 6], see `cell_targets`
+    said: Tensor | None = None  # tokens of locations, and ends, where locations are said as tokens [R, L] bool
     look: Tensor | None = None  # cells that each token points at [R, L, G] bool
     meant: Tensor | None = None  # cells that a row's box means [R, G] bool
 
@@ -74,6 +77,7 @@ class Feed:
     truth: Mapping[str, Truth]
     image_size: int
     seed: int
+    localiser: Localiser | None = None  # says locations as tokens, if the recipe wants them so
 
     @property
     def weight(self) -> float:
@@ -106,9 +110,15 @@ class Feed:
             return micro
         draws = [np.random.default_rng((self.seed, 2, start + i)) for i in range(count)]
         examples = [self.prepare(sample, rng) for sample, rng in zip(chosen, draws, strict=True)]
+        if self.localiser is not None:
+            examples, said = say_examples(examples, self.localiser)
+            micro.said = torch.from_numpy(said)
         # Pictures are stacked below, as bytes: `collate` would make floats of them.
         micro.batch = batch = collate(examples, self.source.name, frozenset(self.source.losses), _NOTHING)
         batch.features = None
+        if "mask" in batch.losses:  # the mask adapter reads the padding too
+            lacking = max(0, self.source.text_length - batch.text.shape[1])
+            batch.text, batch.points = F.pad(batch.text, (0, lacking)), F.pad(batch.points, (0, 0, 0, lacking))
         micro.whole = torch.tensor([[0.0, 0.0, e.valid_hw[1], e.valid_hw[0]] for e in examples])
         if not self.stage.cache:
             batch.images = torch.from_numpy(np.stack([e.image for e in examples if e.image is not None]))
@@ -190,7 +200,7 @@ _NOTHING = torch.empty(0)
 def _inside(
     box: Floats, instances: Floats, owner: Owners | None, size: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """A place on the thing that a box means, px: in one of its cells and in the box; the box's middle if it has none."""
+    """A place on the thing that a box means, px: in one of its cells and in the box; else the middle of the box."""
     thing = same_thing(box[None], instances)[0]
     found = np.argwhere(owner == thing) if owner is not None and thing >= 0 else np.zeros((0, 2))
     if not len(found) or owner is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from deixis_train.data.batches import Batch
 from deixis_train.losses.mask import mask_loss
 from deixis_train.losses.point import point_loss
 from deixis_train.losses.text import text_loss
+from deixis_train.models.box_decoder.training import caption_rows, pad_boxes, proposal_losses
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.point_head import points_to_box, to_pixels, valid_tokens
 from deixis_train.models.preprocess import padding_mask
@@ -124,36 +125,44 @@ class Objective:
         batch, losses, auxiliary = micro.batch, self.stage.losses, self.stage.auxiliary
         assert batch is not None
         features, sam_map = self.features(micro)
+        terms: Terms = {}
+        figures: Terms = {}
+        if "proposal" in batch.losses:
+            detection, micro = self._detect(features, micro)
+            terms |= {name: losses.proposal * term for name, term in detection.items()}
+            batch = micro.batch
+            if batch is None:
+                return Outcome(terms, figures)
         visual, whole = self.prefixes(features, micro)
         model, ids = self.model, batch.text
+        writes = "text" in batch.losses or micro.said is not None
         with ExitStack() as stack:
             stack.enter_context(self._encoder_attention())
             context = batch.context if batch.context.shape[1] else None
             encoded, valid = model.text.encode(visual, context)
             attention = stack.enter_context(tapped(model.text)) if micro.look is not None else []
-            logits, states = model.text.decode(ids, encoded, valid, with_logits="text" in batch.losses)
-        terms: Terms = {}
-        figures: Terms = {}
+            logits, states = model.text.decode(ids, encoded, valid, with_logits=writes)
         if logits is not None:
-            terms["text"] = losses.text * text_loss(logits, ids, smoothing=losses.smoothing)
-            figures |= _text_figures(logits, ids)
-        weight = None
-        if ("point" in batch.losses or "mask" in batch.losses) and model.point_predictor is not None:
+            # Where the words are given, only what is said of locations is learned.
+            labels = ids if "text" in batch.losses or micro.said is None else ids * micro.said
+            terms["text"] = losses.text * text_loss(logits, labels, smoothing=losses.smoothing)
+            figures |= _text_figures(logits, labels)
+        refer = _referring(batch)
+        weight = self._positions(batch, refer, micro.said)
+        located = "mask" in batch.losses or ("point" in batch.losses and micro.said is None)
+        if located and model.point_predictor is not None:
             with torch.autocast(ids.device.type, enabled=False):  # bfloat16 is too coarse for places
                 locations = model.locate(states.float())
-            refer = _referring(batch)
-            weight = self._positions(batch, refer)
             if "point" in batch.losses:
                 terms["point"] = losses.point * self._point(locations, batch, weight)
             figures |= _referring_figures(locations, batch, refer)
             if "mask" in batch.losses:
                 terms["mask"] = losses.mask * self._mask(locations, batch, visual, states, sam_map)
-        if auxiliary.look and micro.look is not None and weight is not None:
+        if auxiliary.look and micro.look is not None and "point" in batch.losses:
             terms["look"] = auxiliary.look * look_loss(attention, micro.look, weight)
         if auxiliary.match and micro.meant is not None and whole is not None:
-            rows = _referring(batch)
-            logit = self.helpers.matcher(encoded[rows][:, : micro.meant.shape[1]])[..., 0]
-            terms["match"] = auxiliary.match * match_loss(logit, micro.meant[rows])
+            logit = self.helpers.matcher(encoded[refer][:, : micro.meant.shape[1]])[..., 0]
+            terms["match"] = auxiliary.match * match_loss(logit, micro.meant[refer])
         if auxiliary.cells and whole is not None and micro.occupied is not None and micro.targets is not None:
             seen = self.helpers.cells(whole.unflatten(1, micro.occupied.shape[1:]))
             cells = cell_losses(seen, micro.occupied, micro.targets)
@@ -168,11 +177,36 @@ class Objective:
         with fused_encoder(self.model.text):
             yield
 
-    def _positions(self, batch: Batch, refer: Tensor) -> Tensor:
-        """How much each position's location counts [R, L] float; `refer` [R] says which rows are expressions."""
+    def _detect(self, features: Tensor, micro: Micro) -> tuple[Terms, Micro]:
+        """Losses of the box decoder, and the micro-batch with its proposals in place of the rows' own prompts.
+
+        Its batch is None if no proposal met an object.
+        """
+        batch, decoder = micro.batch, self.model.box_decoder
+        assert batch is not None
+        if decoder is None:
+            raise ValueError(f"source {batch.source!r} bears the loss proposal, but the model has no box decoder")
+        truth = pad_boxes([batch.boxes[batch.picture == b] for b in range(len(batch.valid_hw))])
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 is too coarse for places
+            terms, proposals = proposal_losses(decoder, features.float(), truth)
+        rows = caption_rows(proposals, batch.picture)
+        if not len(rows.row):
+            return terms, replace(micro, batch=None)
+        points, labels = pixelllm_prompt(rows.boxes, self.model.config.prompt_use_box_rate)
+        at = {name: getattr(batch, name)[rows.row] for name in ("picture", "text", "context", "boxes", "points")}
+        proposed = replace(batch, **at, prompts=rows.boxes, whole=torch.zeros_like(rows.row, dtype=torch.bool))
+        return terms, replace(micro, batch=proposed, points=points, labels=labels)
+
+    def _positions(self, batch: Batch, refer: Tensor, said: Tensor | None) -> Tensor:
+        """How much each position's location counts [R, L] float; `refer` [R] says which rows are expressions.
+
+        An expression's box is read from its last word; said in tokens, where the next token is one of those.
+        """
         config, ids = self.model.config, batch.text
         words = valid_tokens(ids, EVERY_WORD, config.begin_token_id, config.end_token_id).float()
         last = valid_tokens(ids, LAST_WORD, config.begin_token_id, config.end_token_id)
+        if said is not None:
+            last = F.pad(said[:, 1:], (0, 1))
         referring = torch.where(last, 1.0, self.stage.losses.before_end * words)
         return torch.where(refer[:, None], referring, words)
 

@@ -39,11 +39,11 @@ def part_parameters(model: PixelLLM, part: str) -> Iterator[tuple[str, nn.Parame
     """
     if part == "lora":
         found = False
-        for name, module in model.text.named_modules():
-            if isinstance(module, LoraLinear):
+        lora = {n for n, m in model.text.named_modules() if isinstance(m, LoraLinear)}
+        for name, parameter in model.text.named_parameters():
+            if name.rpartition(".")[0] in lora and not name.endswith(".weight"):
                 found = True
-                yield f"text.{name}.lora_a", module.lora_a
-                yield f"text.{name}.lora_b", module.lora_b
+                yield f"text.{name}", parameter
         if not found:
             raise ValueError("the recipe trains lora, but the text model has no LoRA: set model.lora_rank")
         return
@@ -60,7 +60,8 @@ def choose_trained(model: PixelLLM, parts: Sequence[str], *, fixed: Sequence[str
     for part in parts:
         for name, parameter in part_parameters(model, part):
             if not name.startswith(tuple(fixed) or ("\0",)):
-                trained[name] = parameter.requires_grad_(True)
+                parameter.requires_grad_(True)
+                trained[name] = parameter
     return trained
 
 

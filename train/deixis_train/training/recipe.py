@@ -120,8 +120,8 @@ class StageSpec:
     the semantic encoder (section 13); 0 leaves it out. paces: factor on the rate, by part.
 
     dropout acts in the parts that train; with dropout_in_frozen in the frozen ones as well, as the reference has it.
-    cache: which features of frozen encoders are kept on disk. fused_attention: the text encoder attends in one kernel; its
-    table of distances is then frozen, and dropout must be off.
+    cache: which features of frozen encoders are kept on disk. fused_attention: the text encoder attends in one kernel;
+    its table of distances is then frozen, and dropout must be off.
     """
 
     name: str
@@ -215,8 +215,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     table = _read(path)
     for override in overrides:
         _override(table, override)
-    recipe = _build(Recipe, table, str(path), "")
-    _check(recipe, str(path))
+    return recipe_of(table, str(path))
+
+
+def recipe_of(table: Mapping[str, Any], file: str) -> Recipe:
+    """A recipe from the content of its file, which messages name. Raises RecipeError."""
+    recipe = _build(Recipe, table, file, "")
+    _check(recipe, file)
     return recipe
 
 
@@ -242,7 +247,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _merge(old, value)
-        elif _named(old) and _named(value):
+        elif isinstance(old, list) and _named(old) and _named(value):
             by_name = {item["name"]: item for item in old}
             for item in value:
                 by_name[item["name"]] = _merge(by_name.get(item["name"], {}), item)
@@ -257,7 +262,7 @@ def _named(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "name" in item for item in value)
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def _override(table: Any, text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}: write it as key=value")
@@ -268,13 +273,13 @@ def _override(table: dict[str, Any], text: str) -> None:
     place: Any = table
     *way, last = key.split(".")
     for step in way:
-        if _named(place):
-            place = next((item for item in place if item["name"] == step), None)
+        if isinstance(place, list):
+            place = next((item for item in place if _named(place) and item["name"] == step), None)
         else:
             place = place.setdefault(step, {})
         if not isinstance(place, dict | list):
             raise RecipeError(f"--set {text}: the recipe has no {step!r}")
-    if _named(place):
+    if isinstance(place, list):
         raise RecipeError(f"--set {text}: {last!r} must be a key; name the item of {way[-1]} and its key")
     place[last] = parsed
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 
 from deixis_train.checkpoint import SAM_PARTS, save_checkpoint
+from deixis_train.localisation.vocabulary import add_location_tokens, localiser_of
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.auxiliary import Helpers
 from deixis_train.training.cells import Names
@@ -75,6 +77,8 @@ def train(run: Run, accelerator: Accelerator) -> Path | None:
         begin = start(recipe, run.data, out, corpus.texts(recipe))
     names = corpus.names(recipe)
     model = begin.model
+    add_location_tokens(recipe.localisation, model, recipe.seed)
+    localiser = localiser_of(recipe.localisation, model, begin.tokenizer_json)
     add_drop_path(model)
     helpers = Helpers(model, names)
     model.to(accelerator.device)
@@ -88,8 +92,9 @@ def train(run: Run, accelerator: Accelerator) -> Path | None:
         if not done and wanted:
             seed = recipe.seed * 1000 + number
             with accelerator.main_process_first():
-                feeds = feeds_of(corpus, model, stage, stage.sources, tokenizer, names, seed, writer=main)
-                held = feeds_of(corpus, model, stage, stage.held_out, tokenizer, names, seed + 500, writer=main)
+                make = partial(feeds_of, corpus, model, stage, writer=main, localiser=localiser)
+                feeds = make(stage.sources, tokenizer, names, seed)
+                held = make(stage.held_out, tokenizer, names, seed + 500)
             say(f"stage {stage.name}: {stage.steps} steps, learning {', '.join(stage.train)}")
             if stage.auxiliary.standardize and not measured:
                 _measure(model, helpers, stage, feeds[0], unfold=begin.from_checkpoint)
