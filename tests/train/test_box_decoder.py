@@ -1,4 +1,4 @@
-"""The detector of dense captioning: golden vectors, its irregular parts against plain loops, and what it learns from.
+"""The detector of dense captioning: golden vectors, and its irregular parts against plain loops.
 
 Stage by stage it is compared with the reference in `tests/parity/test_parity_boxes.py`.
 """
@@ -13,46 +13,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from box_decoders import GOLDEN, SMALL, STRIDES, close, golden, golden_model, small_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deixis_train.loaders.flax import load_flax, name_table, read_flax
-from deixis_train.loaders.golden import config_from_golden
 from deixis_train.losses.boxes import encode_deltas, pairwise_iou
 from deixis_train.models.box_decoder import BoxDecoder
 from deixis_train.models.box_decoder.box_decoder import nominal_strides
 from deixis_train.models.box_decoder.dense_captions import dense_captions, rank_beams, score_with_caption
 from deixis_train.models.box_decoder.proposals import nms, peaks, suppress
 from deixis_train.models.box_decoder.roi import apply_deltas, roi_align, roi_levels
-from deixis_train.models.box_decoder.training import CaptionProposals, caption_rows, pad_boxes, proposal_losses
-from deixis_train.models.config import PRESETS, BoxDecoderConfig, PixelLLMConfig
+from deixis_train.models.config import PRESETS, PixelLLMConfig
 from deixis_train.models.decoding import begin_tokens, greedy
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corner_prompt
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pixelllm"
-STRIDES = (8, 16, 32, 64, 128)
-SMALL = BoxDecoderConfig(
-    up_channels=16, channels=64, tower_channels=64, fc_dims=(32, 32), post_nms_test=40, max_detections=20
-)
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    assert got.shape == want.shape
-    assert float((got - want).abs().max() / want.abs().max()) <= tolerance
-
 
 @pytest.fixture(scope="module")
 def model() -> PixelLLM:
-    model = PixelLLM(config_from_golden(json.loads((GOLDEN / "config.json").read_text())))
-    load_flax(model, read_flax(GOLDEN / "params.npz")).raise_if_incomplete()
-    return model.eval()
+    return golden_model()
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +47,6 @@ def features(model: PixelLLM) -> Tensor:
     pictures = golden("preprocess")
     with torch.no_grad():
         return model.features(model.encode_image(pictures["image"].float(), pictures["image_shape"]))
-
-
-def small_decoder(seed: int = 0, **changes: object) -> BoxDecoder:
-    torch.manual_seed(seed)
-    return BoxDecoder(dataclasses.replace(SMALL, **changes), dim_in=8, image_size=128, grid=9).eval()
 
 
 # ---- golden vectors
@@ -162,13 +138,15 @@ def brute_force_nms(boxes: list[list[int]], threshold: float, limit: int) -> lis
     return kept
 
 
+# No ratio of small whole numbers comes near these, so rounding decides nothing; ties have a test of their own.
+THRESHOLDS = [math.pi / 24, 1 / math.pi, math.pi / 6, math.sqrt(math.pi) / 2]
 corner = st.integers(-6, 12)
 side = st.integers(0, 12)
 box = st.tuples(corner, corner, side, side).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
 
 
-@given(st.lists(box, min_size=1, max_size=24), st.sampled_from([0.13, 0.3, 0.52, 0.9]), st.integers(1, 24))
-@settings(max_examples=200, deadline=None)
+@given(st.lists(box, min_size=1, max_size=24), st.sampled_from(THRESHOLDS), st.integers(1, 24))
+@settings(max_examples=100, deadline=None)
 def test_nms_is_the_plain_loop(boxes: list[list[int]], threshold: float, limit: int) -> None:
     kept = nms(torch.tensor(boxes, dtype=torch.float32), threshold, limit)
     assert kept.tolist() == brute_force_nms(boxes, threshold, limit)
@@ -322,91 +300,6 @@ def test_ranked_beams_are_the_best_pairs(seed: int) -> None:
     want = sorted(pairs, key=lambda pair: (round(pair[0], 9), pair[1:]))[:7]
     np.testing.assert_allclose(ranked.scores[0].square(), [-value for value, _, _ in want], atol=1e-9)
     assert len({*zip(ranked.box[0].tolist(), ranked.beam[0].tolist(), strict=True)}) == 7
-
-
-# ---- learning
-
-
-def test_losses_of_the_first_stage_are_the_reference_s(decoder: BoxDecoder) -> None:
-    data = golden("losses")
-    with torch.no_grad():
-        losses, _ = proposal_losses(decoder, golden("box_decoder")["features"], data["cn_gt_boxes"])
-    close(losses["heatmap"], 0.5 * (data["cn_pos_loss"] + data["cn_neg_loss"]))
-    close(losses["regression"], data["cn_reg_loss"])
-
-
-def test_proposals_for_captions(decoder: BoxDecoder) -> None:
-    truth = golden("losses")["cn_gt_boxes"]
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        features = golden("box_decoder")["features"]
-        losses, proposals = proposal_losses(decoder, features, truth, generator)
-        again, same = proposal_losses(decoder, features, truth, torch.Generator().manual_seed(2))
-    assert torch.equal(proposals.boxes, same.boxes) and losses == again
-    assert proposals.boxes.shape == (2, 32, 4) and proposals.matched.shape == (2, 32)
-    overlap = pairwise_iou(proposals.boxes, truth)
-    for picture in range(2):
-        matched = proposals.matched[picture]
-        objects = int((matched >= 0).sum())
-        assert 4 <= objects < 32  # the true boxes are among them, and nothing else comes before them
-        assert bool((matched[:objects] >= 0).all()) and set(matched[:objects].tolist()) == {0, 1, 2, 3}
-        best = overlap[picture, torch.arange(32), matched.clamp(min=0)]
-        assert bool((best[:objects] >= 0.6).all())
-        assert bool((overlap[picture, objects:].amax(dim=1) < 0.6).all())
-
-
-def test_a_picture_without_objects_has_losses_too() -> None:
-    decoder = small_decoder(rois_per_image=16, caption_proposals=8)
-    losses, proposals = proposal_losses(decoder, torch.randn(2, 9, 9, 8), torch.zeros(2, 0, 4))
-    sum(losses.values()).backward()  # type: ignore[union-attr]
-    assert all(bool(torch.isfinite(loss)) for loss in losses.values())
-    assert losses["regression"].item() == losses["roi_box"].item() == 0
-    assert bool((proposals.matched == -1).all())
-
-
-def test_every_part_learns_and_so_do_the_features() -> None:
-    decoder = small_decoder(rois_per_image=32)
-    features = torch.randn(2, 9, 9, 8, requires_grad=True)
-    truth = pad_boxes([np.array([[10, 12, 70, 90]]), np.array([[3, 3, 30, 28], [60, 50, 120, 128.0]])])
-    losses, _ = proposal_losses(decoder, features, truth)
-    torch.stack(list(losses.values())).sum().backward()
-    assert features.grad is not None and bool(features.grad.abs().sum() > 0)
-    # A level learns to regress only when an object is its own, so the scale of one of five may stay.
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in decoder.parameters())
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_it_learns_where_a_box_is(scale: int) -> None:
-    """Also where the same grid lies over a picture twice as large."""
-    config = dataclasses.replace(SMALL, rois_per_image=24, pre_nms_train=100, post_nms_train=30)
-    torch.manual_seed(0)
-    decoder = BoxDecoder(config, 8, 128 * scale, 9).eval()
-    generator = torch.Generator().manual_seed(4)
-    features = torch.randn(1, 9, 9, 8, generator=generator)
-    truth = torch.tensor([[[50.0, 60, 104, 122]]]) * scale
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
-    for _ in range(30):
-        losses, _ = proposal_losses(decoder, features, truth, generator)
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-    with torch.no_grad():
-        found = decoder(features)
-    assert int(found.num_detections[0]) >= 1
-    assert float(pairwise_iou(found.boxes[0, :1], truth[0])) > 0.8
-
-
-def test_rows_of_proposals() -> None:
-    boxes = torch.arange(24.0).reshape(3, 2, 4)
-    proposals = CaptionProposals(boxes, torch.tensor([[1, -1], [-1, -1], [0, 0]]))
-    rows = caption_rows(proposals, torch.tensor([0, 0, 1, 2]))
-    assert rows.row.tolist() == [1, 3, 3]
-    assert torch.equal(rows.boxes, torch.stack([boxes[0, 0], boxes[2, 0], boxes[2, 1]]))
-
-
-def test_boxes_of_several_pictures_are_padded() -> None:
-    padded = pad_boxes([np.zeros((0, 4), np.float32), torch.tensor([[1.0, 2, 3, 4]])])
-    assert padded.tolist() == [[[0, 0, 0, 0]], [[1, 2, 3, 4]]]
 
 
 # ---- fit for export
