@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from deixis_train.data.batches import Floats, Ints
+from deixis_train.data.batches import Example, Floats, Ints
 from deixis_train.data.samples import Box
 
 PAD, END = 0, 1
@@ -170,3 +170,15 @@ def say_locations(
     for row, (ids, corners, flags) in enumerate(rows):
         said.text[row, : len(ids)], said.points[row, : len(ids)], said.said[row, : len(ids)] = ids, corners, flags
     return said
+
+
+def say_examples(examples: Sequence[Example], localiser: Localiser) -> tuple[list[Example], NDArray[np.bool_]]:
+    """Examples with their locations said, and which tokens are said of all their rows [R, L'] (see `SaidRows`)."""
+    rows = [say_locations(e.text, e.points, e.boxes, e.valid_hw, localiser) for e in examples]
+    longest = max((r.said.shape[1] for r in rows), default=0)
+    said = np.zeros((sum(len(r.said) for r in rows), longest), bool)
+    first = 0
+    for r in rows:
+        said[first : first + len(r.said), : r.said.shape[1]] = r.said
+        first += len(r.said)
+    return [replace(e, text=r.text, points=r.points) for e, r in zip(examples, rows, strict=True)], said

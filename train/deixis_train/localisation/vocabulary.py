@@ -1,13 +1,44 @@
-"""A larger vocabulary for a model that exists already."""
+"""The ways to say locations by name, and a larger vocabulary for those that need it."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from deixis_train.localisation.coding import DIGIT_BINS, ExtraTokens, LocalisationError, Localiser, WrittenDigits
 from deixis_train.models.pixelllm import PixelLLM
+
+WAYS = ("regression", "text", "tokens")
+
+
+def add_location_tokens(way: str, model: PixelLLM, seed: int) -> None:
+    """Prepare a model that is to learn a way to say locations: "tokens" needs tokens of its own, at the end."""
+    if way == "tokens":
+        extend_vocabulary(model, DIGIT_BINS, torch.Generator().manual_seed(seed))
+
+
+def localiser_of(way: str, model: PixelLLM, tokenizer_json: str) -> Localiser | None:
+    """How a model says locations, one of `WAYS`; None for "regression", which says nothing.
+
+    Raises LocalisationError when the vocabulary cannot, ValueError for another way.
+    """
+    if way not in WAYS:
+        raise ValueError(f"unknown localisation {way!r}; known are {', '.join(WAYS)}")
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    if way == "text":
+        return WrittenDigits(tokenizer)
+    if way == "tokens":
+        first, pieces = model.config.t5.vocab - DIGIT_BINS, tokenizer.get_vocab_size()
+        if pieces > first:
+            raise LocalisationError(
+                f"the tokenizer has {pieces} pieces, which leaves no room for {DIGIT_BINS} location tokens among the "
+                f"{model.config.t5.vocab} of the model: it was not trained to say locations by tokens"
+            )
+        return ExtraTokens(first)
+    return None
 
 
 @torch.no_grad()
