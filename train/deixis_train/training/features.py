@@ -164,8 +164,9 @@ def fill(
 ) -> dict[What, FeatureStore]:
     """Bring the stores of a model up to date with `pictures` (path by name); each picture is read once.
 
-    The encoders must be frozen and in evaluation mode. Pictures go to the device of the model.
+    The model is put into evaluation mode: dropout and drop-path must not act on what is kept. Pictures go to its device.
     """
+    model.eval()
     stores: dict[What, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
     lacking = [name for name in pictures if any(name not in store for store in stores.values())]
     device = next(model.parameters()).device
