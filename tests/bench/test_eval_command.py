@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 
 import deixis
 from deixis_bench.eval import cli, table
+from deixis_bench.eval.data import LAYOUT, files_of, read_pictures
 from deixis_bench.eval.items import ItemFile
 from deixis_export.presets import preset, random_model, random_tokenizer
 from deixis_train.checkpoint import save_checkpoint
+from deixis_train.data.scenes.generate import generate
 from deixis_train.evaluation import boxes, masks
+from deixis_train.evaluation.tasks import truth_of_words
 from make_tiny_bundle import SEED, TINY_BUNDLE
 
 WIDTH, HEIGHT = 96, 72
@@ -97,7 +102,7 @@ def test_a_bundle_and_its_checkpoint_side_by_side(
     ]  # fmt: skip
     # The metrics are those of the answers in the file, and the answers are the bundle's.
     ious = [item["scores"]["IoU"] for item in found]
-    assert report["metrics"]["mean IoU"] == pytest.approx(np.mean(ious))
+    assert report["metrics"]["mean box IoU"] == pytest.approx(np.mean(ious))
     with deixis.load(TINY_BUNDLE, device="cpu", threads=1) as model:
         grounding = model.encode(scenes / "images" / "000000.jpg").refer(TEXTS[0])
     assert found[0]["predicted"]["box"] == pytest.approx(grounding.box)
@@ -118,6 +123,29 @@ def test_all_takes_what_the_data_has(scenes: Path, tmp_path: Path, capsys: pytes
     assert values["metrics"]["LBM k=0"] == values["metrics"]["free-order LBM k=0"] > 0
     assert values["metrics"]["LBM k=2"] <= values["metrics"]["LBM k=1"] <= values["metrics"]["LBM k=0"]
     assert "captions.json is not there; caption is left out" in capsys.readouterr().err
+
+
+def test_the_layout_is_that_of_rendered_scenes(tmp_path: Path) -> None:
+    generate(tmp_path, 7_000_000, 1, size=128, workers=1, shard=1)
+    files = {task: files_of(tmp_path, task) for task in LAYOUT}
+    [picture], skipped = read_pictures(files, files["boxes"], None)
+    assert skipped == {}
+    assert set(picture.rows) == set(LAYOUT) and all(picture.rows[task] for task in LAYOUT if task != "boxes")
+    assert len(picture.rows["caption"]) == 5
+    assert {"color", "size"} <= set(picture.instances[0].attributes) and picture.instances[0].mask is not None
+    for row in (*picture.rows["trace"], *picture.rows["free-trace"]):
+        words = row.text.split()
+        truth = truth_of_words(words, row.utterances, "text")
+        assert truth.any(axis=1).all(), "every word of a rendered narration has a place"
+        # Utterances are words and marks: the first of a word that has no mark is the word itself.
+        assert truth[0] == pytest.approx(np.clip(row.utterances[0].box, 0, 1))
+
+
+def test_bundles_are_measured_without_torch() -> None:
+    modules = "bundle_predictor, data, dense, measure, report, table"
+    code = f"import sys; from deixis_bench.eval import {modules}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_other_data_is_named_by_kind(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:

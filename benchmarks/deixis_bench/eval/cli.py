@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("deixis eval: interrupted; no report was written", file=sys.stderr)
         return 130
     except ImportError as error:
-        print(f'deixis eval: error: {error}; run: pip install "deixis[cpu,train,eval]"', file=sys.stderr)
+        hint = 'run: pip install "deixis[cpu,eval]", or for checkpoints "deixis[cpu,train,eval]"'
+        print(f"deixis eval: error: {error}; {hint}", file=sys.stderr)
     except (DeixisError, OSError) as error:
         print(f"deixis eval: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1

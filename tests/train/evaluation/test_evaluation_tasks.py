@@ -90,11 +90,11 @@ def test_refer_judges_boxes_and_masks() -> None:
     assert [item["text"] for item in items] == ["right", "half", "unknown"]
     assert "does not know" in items[2]["error"] and items[2]["predicted"]["box"] is None
     metrics = task.metrics(items)
-    assert metrics["P@0.5"] == pytest.approx(1 / 3) and metrics["mean IoU"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["P@0.5"] == pytest.approx(1 / 3) and metrics["mean box IoU"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["cIoU"] == pytest.approx((16 + 4) / (16 + 16 + 16), abs=1e-5)
     assert metrics["gIoU"] == pytest.approx((1 + 1 / 4) / 3, abs=1e-5)
     assert metrics["mask box P@0.5"] == pytest.approx(1 / 3)
-    assert set(Refer(with_masks=False).metrics(items)) == {"P@0.5", "mean IoU"}
+    assert set(Refer(with_masks=False).metrics(items)) == {"P@0.5", "mean box IoU"}
 
 
 def test_expressions_without_masks_count_for_boxes_only() -> None:

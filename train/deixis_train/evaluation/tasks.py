@@ -60,7 +60,7 @@ class Refer:
     """Boxes of referring expressions, and their masks where `with_masks`. An expression that the model cannot take
     counts as wrong.
 
-    P@0.5, mean IoU; cIoU, gIoU, share of masks with an IoU above 0.5, and P@0.5 of the masks' own boxes (section 15).
+    P@0.5, mean box IoU; cIoU, gIoU, share of masks with an IoU above 0.5, and P@0.5 of the masks' own boxes (section 15).
     """
 
     name = "refer"
@@ -98,7 +98,7 @@ class Refer:
 
     def metrics(self, items: Sequence[Item]) -> Metrics:
         ious = [item["scores"]["IoU"] for item in items]
-        values = {"P@0.5": precision_at_half(ious), "mean IoU": float(np.mean(ious))} if self.with_boxes else {}
+        values = {"P@0.5": precision_at_half(ious), "mean box IoU": float(np.mean(ious))} if self.with_boxes else {}
         if self.with_masks:
             masked = [item["scores"] for item in items if "union" in item["scores"]]
             if not masked:
