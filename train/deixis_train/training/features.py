@@ -164,7 +164,8 @@ def fill(
 ) -> dict[What, FeatureStore]:
     """Bring the stores of a model up to date with `pictures` (path by name); each picture is read once.
 
-    The model is put into evaluation mode: dropout and drop-path must not act on what is kept. Pictures go to its device.
+    The model is put into evaluation mode: dropout and drop-path must not act on what is kept. Pictures go to its
+    device.
     """
     model.eval()
     stores: dict[What, FeatureStore] = {what: store_of(model, what, folder) for what in whats}

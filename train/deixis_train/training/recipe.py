@@ -329,6 +329,14 @@ def _check(recipe: Recipe, file: str) -> None:
     """Raise RecipeError for what cannot be trained although every key is right."""
     if not recipe.stages:
         raise RecipeError(f"{file}: no stages")
+    if recipe.localisation == "tokens" and not any("text" in stage.train for stage in recipe.stages):
+        raise RecipeError(f"{file}: localisation 'tokens' adds to the vocabulary, so a stage must train 'text'")
+    if recipe.localisation != "regression" and any(
+        "mask" in s.losses for stage in recipe.stages for s in stage.sources
+    ):
+        raise RecipeError(
+            f"{file}: masks are learned from boxes of the location head: set localisation to 'regression'"
+        )
     for stage in recipe.stages:
         at = f"{file}: stages ({stage.name})"
         if not stage.sources:
