@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco_mask
 
+from deixis_train.data.preparation.geometry import decode_mask
 from deixis_train.data.samples import Rle
 
 EPSILON = 1e-5
@@ -46,7 +47,7 @@ def box_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 def decode(rle: Rle) -> NDArray[np.bool_]:
     """A bool mask [H, W] from COCO's compressed run lengths."""
-    return coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).astype(bool)
+    return decode_mask(rle).astype(bool)
 
 
 def encode(mask: NDArray[np.bool_]) -> Rle:

@@ -60,7 +60,7 @@ class Refer:
     """Boxes of referring expressions, and their masks where `with_masks`. An expression that the model cannot take
     counts as wrong.
 
-    P@0.5, mean box IoU; cIoU, gIoU, share of masks with an IoU above 0.5, and P@0.5 of the masks' own boxes (section 15).
+    P@0.5, mean box IoU; cIoU, gIoU, share of masks with an IoU above 0.5, P@0.5 of the masks' own boxes (section 15).
     """
 
     name = "refer"
