@@ -35,6 +35,7 @@ from deixis_train.models.tiny_vit import TinyVit
 What = Literal["sam", "semantic", "small"]
 INDEX = "pictures.json"
 CHUNK = 256  # pictures of one file
+SMALL_BATCH = 32  # small inputs encoded at once
 PICTURES = (".jpg", ".jpeg", ".png")
 
 # A picture that fits the network input, RGB uint8 [S, S, 3] zero padded, and its real (height, width) px.
@@ -169,6 +170,8 @@ def fill(
     """
     model.eval()
     stores: dict[What, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
+    if "semantic" in stores:
+        _semantic_of_small(model, store_of(model, "small", folder), stores["semantic"], list(pictures), bf16)
     lacking = [name for name in pictures if any(name not in store for store in stores.values())]
     device = next(model.parameters()).device
     started, done = time.monotonic(), 0
@@ -178,22 +181,39 @@ def fill(
             parts: dict[What, list[NDArray[Any]]] = {what: [] for what in whats}
             groups = [names[i : i + batch] for i in range(0, len(names), batch)]
             ahead = [readers.submit(lambda group: [read(pictures[n]) for n in group], group) for group in groups]
-            for future in ahead:
+            for group, future in zip(groups, ahead, strict=True):
                 images, valid = zip(*future.result(), strict=True)
                 tensor = torch.from_numpy(np.stack(images)).to(device)
                 valid_hw = torch.tensor(valid, dtype=torch.float32, device=device)
-                for what in whats:
-                    parts[what].append(encode(model, what, tensor, valid_hw, bf16))
+                for what, store in stores.items():
+                    fresh = [i for i, name in enumerate(group) if name not in store]
+                    if fresh:
+                        parts[what].append(encode(model, what, tensor[fresh], valid_hw[fresh], bf16))
             for what, store in stores.items():
-                values = np.concatenate(parts[what])
-                new = [i for i, name in enumerate(names) if name not in store]
-                if new:
-                    store.add([names[i] for i in new], values[new])
+                if parts[what]:
+                    store.add([name for name in names if name not in store], np.concatenate(parts[what]))
             done += len(names)
             rate = done / (time.monotonic() - started)
             left = (len(lacking) - done) / rate / 60
             report(f"features {'+'.join(whats)}: {done}/{len(lacking)}  {rate:.1f} pictures/s  {left:.1f} min left")
     return stores
+
+
+@torch.inference_mode()
+def _semantic_of_small(
+    model: PixelLLM, small: FeatureStore, semantic: FeatureStore, names: Sequence[str], bf16: bool
+) -> None:
+    """Semantic maps of the pictures whose small input is on disk: reading and resizing are the greater part."""
+    device = next(model.parameters()).device
+    waiting = [name for name in names if name in small and name not in semantic]
+    for start in range(0, len(waiting), CHUNK):
+        chunk, parts = waiting[start : start + CHUNK], []
+        for at in range(0, len(chunk), SMALL_BATCH):
+            seen = torch.from_numpy(small.get(chunk[at : at + SMALL_BATCH])).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features = model.semantic_resize(model.semantic_encoder(normalize_small(model, seen)))
+            parts.append(features.half().cpu().numpy())
+        semantic.add(chunk, np.concatenate(parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
