@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import platform
 import shutil
 import subprocess
 import sys
@@ -73,6 +75,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from deixis_train.training.run import Run, train
 
+    _keep_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     accelerator = Accelerator(cpu=options.device == "cpu")
@@ -90,6 +93,15 @@ def _train(options: argparse.Namespace) -> int:
     if program is None:
         raise RecipeError(f"checkpoint in {checkpoint}, but no `deixis` command is installed to export it with")
     return subprocess.run([program, *command[1:]], check=False).returncode
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed memory. It maps large tensors anew every time, and on a CPU fetching their pages can take as
+    long as computing."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from deixis_train.data.formats import KINDS, open_source
 from deixis_train.data.formats.errors import DataError
 from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.preparation.geometry import place_fitted
+from deixis_train.data.preparation.instructions import LONG_CAPTION, SHORT_CAPTION
 from deixis_train.data.preparation.prepare import Preparation
 from deixis_train.data.samples import Instance, Sample
 from deixis_train.localisation.coding import Localiser
@@ -117,7 +118,7 @@ class Corpus:
         """Every text that the stages of objective "text" may read or write, for a vocabulary."""
         for stage in recipe.stages:
             for spec in stage.sources if stage.objective == "text" else ():
-                yield from spec.instructions
+                yield from instructions_of(spec)
                 if spec.referring:
                     yield spec.referring
                 for sample in self.samples(spec):
@@ -146,6 +147,11 @@ def _owners(sample: Sample, grid: int, size: int) -> np.ndarray:
     return cell_owners(sample, grid, size, place_fitted((sample.height, sample.width), size).valid)
 
 
+def instructions_of(spec: SourceSpec) -> tuple[str, ...]:
+    """The instructions that a source names, or those of its set."""
+    return spec.instructions or {"": (), "short": SHORT_CAPTION, "long": LONG_CAPTION}[spec.instruction_set]
+
+
 def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
     """How the samples of a source become examples for a model."""
     return Preparation(
@@ -155,7 +161,7 @@ def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
         scale=spec.scale,
         flip=spec.flip,
         max_rows=spec.rows,
-        instructions=spec.instructions,
+        instructions=instructions_of(spec),
         referring=spec.referring,
         prefix_split=spec.prefix_split,
         prompt_jitter=spec.jitter,

@@ -141,8 +141,14 @@ def small_input(model: PixelLLM, images: Tensor, valid_hw: Tensor) -> Tensor:
 
 
 def normalize_small(model: PixelLLM, small: Tensor) -> Tensor:
-    """uint8 [B, s, s, 3] of `small_input` -> the encoder's normalised input."""
-    return (small.float() - model.semantic_preprocess.mean) / model.semantic_preprocess.std
+    """uint8 [B, s, s, 3] of `small_input` -> the encoder's normalised input.
+
+    Padding is exactly 0 there. Bytes hold the mean rounded, and the encoder takes the small difference for a signal, as
+    all of the padding has it.
+    """
+    mean, std = model.semantic_preprocess.mean, model.semantic_preprocess.std
+    padding = (small == mean.round()).all(-1, keepdim=True)
+    return ((small.float() - mean) / std).masked_fill(padding, 0.0)
 
 
 def read_fitted(path: Path, size: int) -> Fitted:

@@ -44,7 +44,7 @@ def model_config(recipe: Recipe) -> PixelLLMConfig:
         raise RecipeError(f"preset {recipe.preset!r} is unknown; known are {', '.join(PRESETS)}")
     config, spec = PRESETS[recipe.preset], recipe.model
     t5 = config.t5
-    if spec.text is not None:
+    if spec.text:
         if spec.text not in T5_SIZES:
             raise RecipeError(f"model.text: no T5 of size {spec.text!r}; known are {', '.join(T5_SIZES)}")
         t5 = T5_SIZES[spec.text]
@@ -59,6 +59,9 @@ def model_config(recipe: Recipe) -> PixelLLMConfig:
         )
     if spec.box_decoder is not None:
         config = replace(config, box_decoder=(config.box_decoder or BoxDecoderConfig()) if spec.box_decoder else None)
+    boxes = {k: getattr(spec, k) for k in ("caption_proposals", "max_detections") if getattr(spec, k) is not None}
+    if boxes and config.box_decoder is not None:
+        config = replace(config, box_decoder=replace(config.box_decoder, **boxes))
     return config
 
 
@@ -94,7 +97,7 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
     if former is not None:
         _from_checkpoint(model, former, sam_file)
         text = (former / TOKENIZER).read_text(encoding="utf-8")
-        if init.tokenizer is None and not own.exists() and Tokenizer.from_str(text).get_vocab_size() < 10_000:
+        if not init.tokenizer and not own.exists() and Tokenizer.from_str(text).get_vocab_size() < 10_000:
             text, _ = extend_tokenizer(text, words_of(texts), model.config.t5.vocab)
         if not own.exists():
             _write(own, text)
@@ -107,14 +110,14 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
             load_mobile_sam(sam_file, encoder, *parts).raise_if_incomplete(sam_file)
         else:
             load_sam(sam_file, encoder, *parts).raise_if_incomplete(sam_file)
-    if init.eva02 is not None:
+    if init.eva02:
         path = find_file(init.eva02, data, out)
         load_eva02(path, model.semantic_encoder).raise_if_incomplete(path)
-    if init.t5 is not None:
+    if init.t5:
         path = find_file(init.t5, data, out)
         load_t5(path, model.text).raise_if_incomplete(path)
     if not own.exists():
-        if init.tokenizer is not None:
+        if init.tokenizer:
             _write(own, find_file(init.tokenizer, data, out).read_text(encoding="utf-8"))
         else:
             _write(own, build_tokenizer(words_of(texts), model.config.t5.vocab).to_str())

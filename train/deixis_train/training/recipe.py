@@ -84,10 +84,10 @@ class SourceSpec:
     """A data set in a stage. Paths are relative to the data folder.
 
     kind, options, max_skipped: see `data.formats.open_source`. weight: share of the steps with mixing "draw", factor of
-    its losses with mixing "all". pictures: of a step, with mixing "all". rows: most rows of a picture. instructions,
-    referring, prefix_split, scale, flip, alignment and jitter (prompt_jitter) go to `data.preparation`.
-    point_prompts: share of the batches that ask by a click instead of a box. instances: COCO-style annotations of the
-    things in the pictures, for the objectives that need them.
+    its losses with mixing "all". pictures: of a step, with mixing "all". rows: most rows of a picture. instructions (or
+    instruction_set, one of the reference's lists), referring, prefix_split, scale, flip, alignment and jitter
+    (prompt_jitter) go to `data.preparation`. point_prompts: share of the batches that ask by a click instead of a box.
+    instances: COCO-style annotations of the things in the pictures, for the objectives that need them.
     """
 
     name: str
@@ -99,6 +99,7 @@ class SourceSpec:
     pictures: int = 0
     rows: int = 1
     instructions: tuple[str, ...] = ()
+    instruction_set: Literal["", "short", "long"] = ""
     referring: str | None = None
     prefix_split: bool = False
     alignment: Literal["rank", "text"] = "rank"
@@ -154,9 +155,14 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What differs from the preset. text: size of T5 by name. lora_rank: 0 for none. vocab: rows of the vocabulary."""
+    """What differs from the preset. text: size of T5 by name. lora_rank: 0 for none. vocab: rows of the vocabulary.
+
+    caption_proposals, max_detections: boxes of the box decoder that are captioned, in training and in use.
+    """
 
     text: str | None = None
+    caption_proposals: int | None = None
+    max_detections: int | None = None
     lora_rank: int | None = None
     vocab: int | None = None
     mask_adapter: bool | None = None
@@ -168,7 +174,8 @@ class Init:
     """What the model starts from; nothing named: from nothing.
 
     checkpoint: a folder that `deixis train` wrote. The others are published weights of single parts. Files are looked
-    for as they are, in the data folder, beside the run's folder, and in the cache of `make real-weights`.
+    for as they are, in the data folder, beside the run's folder, and in the cache of `make real-weights`. An empty name
+    takes back what the recipe's base names.
     tokenizer: tokenizer.json of the text model; without it, one is built from the words of the data.
     """
 
