@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from deixis_train.checkpoint import load_checkpoint, save_checkpoint
 from deixis_train.models.config import PRESETS
@@ -16,7 +17,8 @@ from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training import ablation
 from deixis_train.training.drop_path import add_drop_path
 from deixis_train.training.features import fill, read_fitted
-from deixis_train.training.recipe import RecipeError, load_recipe
+from deixis_train.training.recipe import RecipeError, load_recipe, recipe_of
+from deixis_train.training.run import Run, train
 from deixis_train.training.vocabulary import build_tokenizer
 
 VARIANTS = ("ablation-extra-tokens", "ablation-regression-no-narrations")
@@ -106,6 +108,32 @@ def test_variants_are_trained_measured_and_tabled(
     assert {name: (tmp_path / "out" / name / "text.pt").stat().st_mtime_ns for name in VARIANTS} == marks
     assert ablation.main([*arguments(data, start, tmp_path / "out"), "--steps", "3"]) == 1
     assert "another steps" in capsys.readouterr().err
+
+
+def test_a_run_starts_with_what_it_learned_before_its_text_stage(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {
+        "name": "things",
+        "kind": "coco_instances",
+        "files": ["train/annotations/instances.json"],
+        "images": "train/images",
+        "instances": "train/annotations/instances.json",
+    }
+    warmup = {"name": "warmup", "objective": "grid", "train": ["semantic_encoder"], "batch": 2, "sources": [source]}
+    text = {"name": "text", "train": ["text"], "batch": 2, "sources": [source]}
+    stages = [stage | {"steps": 2, "rate": 1e-2} for stage in (warmup, text)]
+    recipe = recipe_of({"preset": "tiny", "dtype": "fp32", "stages": stages}, "a recipe")
+    run = tmp_path / "run"
+    assert train(Run(recipe, data, run, stage="warmup"), Accelerator(cpu=True)) is None
+    assert ablation.main([*arguments(data, run, tmp_path / "out"), "--variants", VARIANTS[1]]) == 0, capsys.readouterr()
+
+    learned = torch.load(run / "warmup.pt", weights_only=True)["trained"]
+    begun = load_checkpoint(tmp_path / "out" / "start" / "checkpoint").model.state_dict()
+    assert learned.keys() <= begun.keys() and all(torch.equal(begun[name], learned[name]) for name in learned)
+    # The semantic encoder is frozen in the variants, so what was learned is still there.
+    after = load_checkpoint(tmp_path / "out" / VARIANTS[1] / "checkpoint").model.state_dict()
+    assert all(torch.allclose(after[name], learned[name], rtol=1e-3, atol=1e-4) for name in learned)
 
 
 def test_a_start_that_is_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
