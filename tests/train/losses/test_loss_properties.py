@@ -160,6 +160,7 @@ def test_padding_is_outside_the_focal_loss() -> None:
     assert not torch.isclose(a.dice, b.dice)
 
 
+@settings(deadline=None)  # machines may be busy
 @given(coordinates, coordinates)
 def test_giou_bounds(a: list[float], b: list[float]) -> None:
     one, other = ordered(a), ordered(b)
@@ -174,6 +175,7 @@ def test_giou_of_boxes_apart() -> None:
     assert giou(torch.tensor([0.0, 0, 1, 1]), torch.tensor([3.0, 0, 4, 1])).item() == pytest.approx(-0.5)
 
 
+@settings(deadline=None)  # machines may be busy
 @given(coordinates, coordinates)
 def test_deltas_move_a_box_onto_its_target(a: list[float], b: list[float]) -> None:
     box, target = ordered(a), ordered(b)
@@ -186,7 +188,7 @@ def test_deltas_move_a_box_onto_its_target(a: list[float], b: list[float]) -> No
     torch.testing.assert_close(grown, torch.minimum(wanted, size * 1000 / 16), rtol=1e-4, atol=1e-2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(coordinates, min_size=0, max_size=5))
 def test_centernet_targets(boxes: list[list[float]]) -> None:
     real = torch.stack([ordered(box) for box in boxes]) if boxes else torch.zeros(0, 4)
