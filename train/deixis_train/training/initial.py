@@ -26,6 +26,8 @@ from deixis_train.training.vocabulary import build_tokenizer, extend_tokenizer, 
 # Grow with the vocabulary: rows of new pieces come behind those of the checkpoint.
 VOCABULARY = ("text.token_embedder.weight", "text.decoder.logits_dense.weight")
 
+OF_WORDS = 10_000  # a tokenizer of fewer pieces was made of the words of its data, and takes in new ones
+
 
 @dataclass
 class Start:
@@ -88,21 +90,27 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
         RecipeError, CheckpointError: one line.
     """
     init = recipe.init
-    torch.manual_seed(recipe.seed)
-    model = PixelLLM(model_config(recipe))
+    config = model_config(recipe)
     sam_name = init.mobile_sam or init.sam
+    # A file that is not there is said before a model of gigabytes is built.
     sam_file = find_file(sam_name, data, out) if sam_name else None
     former = find_file(init.checkpoint, data, out) if init.checkpoint else None
-    own, pieces = out / TOKENIZER, model.config.t5.vocab
+    eva02 = find_file(init.eva02, data, out) if init.eva02 else None
+    t5 = find_file(init.t5, data, out) if init.t5 else None
+    named = find_file(init.tokenizer, data, out) if init.tokenizer else None
+    torch.manual_seed(recipe.seed)
+    model = PixelLLM(config)
+    own = out / TOKENIZER
     if former is not None:
         _from_checkpoint(model, former, sam_file)
         text = (former / TOKENIZER).read_text(encoding="utf-8")
-        if not init.tokenizer and not own.exists() and Tokenizer.from_str(text).get_vocab_size() < 10_000:
-            text, _ = extend_tokenizer(text, words_of(texts), model.config.t5.vocab)
-        if not own.exists():
+        pieces = Tokenizer.from_str(text).get_vocab_size()
+        if named is None and pieces < OF_WORDS:
+            _fresh_rows(model, pieces)
+            if not own.exists():
+                text, _ = extend_tokenizer(text, words_of(texts), config.t5.vocab)
+        if named is None and not own.exists():
             _write(own, text)
-        pieces = Tokenizer.from_str((former / TOKENIZER).read_text(encoding="utf-8")).get_vocab_size()
-        _fresh_rows(model, pieces)
     if sam_file is not None:
         encoder = model.sam_encoder
         parts = (model.prompt_encoder, model.mask_decoder)
@@ -110,15 +118,13 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
             load_mobile_sam(sam_file, encoder, *parts).raise_if_incomplete(sam_file)
         else:
             load_sam(sam_file, encoder, *parts).raise_if_incomplete(sam_file)
-    if init.eva02:
-        path = find_file(init.eva02, data, out)
-        load_eva02(path, model.semantic_encoder).raise_if_incomplete(path)
-    if init.t5:
-        path = find_file(init.t5, data, out)
-        load_t5(path, model.text).raise_if_incomplete(path)
+    if eva02 is not None:
+        load_eva02(eva02, model.semantic_encoder).raise_if_incomplete(eva02)
+    if t5 is not None:
+        load_t5(t5, model.text).raise_if_incomplete(t5)
     if not own.exists():
-        if init.tokenizer:
-            _write(own, find_file(init.tokenizer, data, out).read_text(encoding="utf-8"))
+        if named is not None:
+            _write(own, named.read_text(encoding="utf-8"))
         else:
             _write(own, build_tokenizer(words_of(texts), model.config.t5.vocab).to_str())
     return Start(model, own.read_text(encoding="utf-8"), sam_file, former is not None)
