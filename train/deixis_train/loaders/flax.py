@@ -3,127 +3,78 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from deixis_train.loaders import flax_text
+from deixis_train.loaders.flax_entries import Entry, conv2d, flipped_conv, linear, norm, same
 from deixis_train.loaders.report import CheckpointError, LoadReport
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.sam_vit import SamVit
-from deixis_train.models.t5 import LoraLinear
 from deixis_train.models.two_way import TwoWayTransformer
 
 Tree = dict[str, np.ndarray]
 
 
-class Entry(NamedTuple):
-    """One tensor of ours: its state-dict name, the Flax arrays it is made of, and how each is turned."""
-
-    target: str
-    sources: tuple[str, ...]
-    convert: Callable[[np.ndarray], np.ndarray]
-    stacked: bool = False  # each source fills one row of the target
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _dense(kernel: np.ndarray) -> np.ndarray:
-    """[in, out] -> [out, in]."""
-    return kernel.T
-
-
-def _conv(kernel: np.ndarray) -> np.ndarray:
-    """Convolution [kh, kw, in, out] -> [out, in, kh, kw].
-
-    The transposed convolutions of the mask decoder are stored [kh, kw, out, in] and become [in, out, kh, kw] without a
-    flip: the same permutation (section 16.1).
-    """
-    return kernel.transpose(3, 2, 0, 1)
-
-
-def _flipped_conv(kernel: np.ndarray) -> np.ndarray:
-    """Transposed convolution stored as Flax applies it, [kh, kw, in, out], both axes reversed -> [in, out, kh, kw]."""
-    return np.ascontiguousarray(kernel[::-1, ::-1].transpose(2, 3, 0, 1))
-
-
-# ---- the name tables, one function per part of section 16
-
-
-def _linear(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
-    yield Entry(f"{ours}.weight", (f"{theirs}/kernel",), _dense)
-    if bias:
-        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
-
-
-def _conv2d(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
-    yield Entry(f"{ours}.weight", (f"{theirs}/kernel",), _conv)
-    if bias:
-        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
-
-
-def _norm(ours: str, theirs: str, bias: bool = True) -> Iterator[Entry]:
-    yield Entry(f"{ours}.weight", (f"{theirs}/scale",), _same)
-    if bias:
-        yield Entry(f"{ours}.bias", (f"{theirs}/bias",), _same)
+# ---- the name tables, one function per part of section 16; those of the text are in `flax_text`
 
 
 def _semantic_encoder(model: PixelLLM) -> Iterator[Entry]:
     ours, theirs = "semantic_encoder", "git_backbone"
-    yield Entry(f"{ours}.cls_token", (f"{theirs}/cls_token",), _same)
-    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), _same)
-    yield from _conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
-    yield from _norm(f"{ours}.norm", f"{theirs}/ln_post")
+    yield Entry(f"{ours}.cls_token", (f"{theirs}/cls_token",), same)
+    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), same)
+    yield from conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
+    yield from norm(f"{ours}.norm", f"{theirs}/ln_post")
     for i in range(len(model.semantic_encoder.blocks)):
         o, t = f"{ours}.blocks.{i}", f"{theirs}/blocks.{i}"
-        yield from _norm(f"{o}.norm1", f"{t}/norm1")
-        yield from _norm(f"{o}.norm2", f"{t}/norm2")
+        yield from norm(f"{o}.norm1", f"{t}/norm1")
+        yield from norm(f"{o}.norm2", f"{t}/norm2")
         for name in ("q_proj", "k_proj", "v_proj"):
-            yield from _linear(f"{o}.attn.{name}", f"{t}/attn/{name}", bias=False)
+            yield from linear(f"{o}.attn.{name}", f"{t}/attn/{name}", bias=False)
         for name in ("q_bias", "v_bias"):
-            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), _same)
-        yield from _linear(f"{o}.attn.proj", f"{t}/attn/proj")
+            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), same)
+        yield from linear(f"{o}.attn.proj", f"{t}/attn/proj")
         for name in ("w1", "w2", "w3"):
-            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
-        yield from _norm(f"{o}.mlp.ffn_ln", f"{t}/mlp/ffn_ln")
+            yield from linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+        yield from norm(f"{o}.mlp.ffn_ln", f"{t}/mlp/ffn_ln")
 
 
 def _sam_encoder(model: PixelLLM) -> Iterator[Entry]:
     if not isinstance(model.sam_encoder, SamVit):
         raise CheckpointError("a Flax checkpoint holds SAM's ViT; this model has another SAM branch")
     ours, theirs = "sam_encoder", "sam_backbone"
-    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), _same)
-    yield from _conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
+    yield Entry(f"{ours}.pos_embed", (f"{theirs}/pos_embed",), same)
+    yield from conv2d(f"{ours}.patch_embed.proj", f"{theirs}/patch_embed.proj")
     for i in (0, 2):
-        yield from _conv2d(f"{ours}.neck.{i}", f"{theirs}/neck/{i}", bias=False)
-        yield from _norm(f"{ours}.neck.{i + 1}", f"{theirs}/neck/{i + 1}")
+        yield from conv2d(f"{ours}.neck.{i}", f"{theirs}/neck/{i}", bias=False)
+        yield from norm(f"{ours}.neck.{i + 1}", f"{theirs}/neck/{i + 1}")
     for i in range(len(model.sam_encoder.blocks)):
         o, t = f"{ours}.blocks.{i}", f"{theirs}/blocks.{i}"
-        yield from _norm(f"{o}.norm1", f"{t}/norm1")
-        yield from _norm(f"{o}.norm2", f"{t}/norm2")
+        yield from norm(f"{o}.norm1", f"{t}/norm1")
+        yield from norm(f"{o}.norm2", f"{t}/norm2")
         for name in ("qkv", "proj"):
-            yield from _linear(f"{o}.attn.{name}", f"{t}/attn/{name}")
+            yield from linear(f"{o}.attn.{name}", f"{t}/attn/{name}")
         for name in ("rel_pos_h", "rel_pos_w"):
-            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), _same)
+            yield Entry(f"{o}.attn.{name}", (f"{t}/attn/{name}",), same)
         for name in ("lin1", "lin2"):
-            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+            yield from linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
 
 
 def _prompt_encoder(model: PixelLLM) -> Iterator[Entry]:
     del model
     matrix = "positional_encoding_gaussian_matrix"
-    yield Entry(f"prompt_encoder.pe_layer.{matrix}", (f"prompt_encoder/pe_layer/{matrix}",), _same)
+    yield Entry(f"prompt_encoder.pe_layer.{matrix}", (f"prompt_encoder/pe_layer/{matrix}",), same)
     for name in (
         *(f"point_embeddings.{i}.weight" for i in range(4)),
         "not_a_point_embed.weight",
         "no_mask_embed.weight",
     ):
-        yield Entry(f"prompt_encoder.{name}", (f"prompt_encoder/{name}",), _same)
+        yield Entry(f"prompt_encoder.{name}", (f"prompt_encoder/{name}",), same)
 
 
 def _two_way(transformer: TwoWayTransformer, ours: str, theirs: str) -> Iterator[Entry]:
@@ -132,91 +83,49 @@ def _two_way(transformer: TwoWayTransformer, ours: str, theirs: str) -> Iterator
         o, t = f"{ours}.layers.{i}", f"{theirs}/layers.{i}"
         for attention in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
             for name in projections:
-                yield from _linear(f"{o}.{attention}.{name}", f"{t}/{attention}/{name}")
+                yield from linear(f"{o}.{attention}.{name}", f"{t}/{attention}/{name}")
         for name in ("lin1", "lin2"):
-            yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
+            yield from linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}")
         for name in ("norm1", "norm2", "norm3", "norm4"):
-            yield from _norm(f"{o}.{name}", f"{t}/{name}")
+            yield from norm(f"{o}.{name}", f"{t}/{name}")
     for name in projections:
-        yield from _linear(f"{ours}.final_attn_token_to_image.{name}", f"{theirs}/final_attn_token_to_image/{name}")
-    yield from _norm(f"{ours}.norm_final_attn", f"{theirs}/norm_final_attn")
+        yield from linear(f"{ours}.final_attn_token_to_image.{name}", f"{theirs}/final_attn_token_to_image/{name}")
+    yield from norm(f"{ours}.norm_final_attn", f"{theirs}/norm_final_attn")
 
 
 def _prompt_adapter(model: PixelLLM) -> Iterator[Entry]:
     ours, theirs = "prompt_adapter", "prompt_adapter"
     adapter = model.prompt_adapter
-    yield Entry(f"{ours}.output_tokens", (f"{theirs}/output_tokens.weight",), _same)
-    yield from _linear(f"{ours}.image_projection", f"{theirs}/image_projection_mlp/layers.0")
+    yield Entry(f"{ours}.output_tokens", (f"{theirs}/output_tokens.weight",), same)
+    yield from linear(f"{ours}.image_projection", f"{theirs}/image_projection_mlp/layers.0")
     if isinstance(adapter.prompt_projection, nn.Linear):  # absent where prompts have the adapter's width already
-        yield from _linear(f"{ours}.image_pe_projection", f"{theirs}/image_pe_projection_mlp/layers.0")
-        yield from _linear(f"{ours}.prompt_projection", f"{theirs}/prompt_embedding_projection_mlp/layers.0")
+        yield from linear(f"{ours}.image_pe_projection", f"{theirs}/image_pe_projection_mlp/layers.0")
+        yield from linear(f"{ours}.prompt_projection", f"{theirs}/prompt_embedding_projection_mlp/layers.0")
     yield from _two_way(adapter.transformer, f"{ours}.transformer", f"{theirs}/transformer")
     heads = [f"{theirs}/output_hypernetworks_mlps.{i}/layers.0" for i in range(adapter.output_tokens.shape[0])]
-    yield Entry(f"{ours}.output_weight", tuple(f"{head}/kernel" for head in heads), _same, stacked=True)
-    yield Entry(f"{ours}.output_bias", tuple(f"{head}/bias" for head in heads), _same, stacked=True)
-    yield from _linear(f"{ours}.dense_output_projection", f"{theirs}/dense_output_mlp/layers.0")
-
-
-def _visual_projection(model: PixelLLM) -> Iterator[Entry]:
-    del model
-    yield from _linear("visual_projection.0", "visual_project_layers/visual_projection.0")
-    yield from _norm("visual_projection.1", "visual_project_layers/visual_projection.1")
-
-
-def _text(model: PixelLLM) -> Iterator[Entry]:
-    ours, theirs = "text", "textual/t5_module"
-    yield Entry(f"{ours}.token_embedder.weight", (f"{theirs}/token_embedder/embedding",), _same)
-
-    def attention(o: str, t: str) -> Iterator[Entry]:
-        for name in ("query", "key", "value", "out"):
-            yield from _linear(f"{o}.{name}", f"{t}/{name}", bias=False)
-            if isinstance(model.get_submodule(f"{o}.{name}"), LoraLinear):
-                yield Entry(f"{o}.{name}.lora_a", (f"{t}/{name}/kernel_left_lora",), _same)  # [in, rank]
-                yield Entry(f"{o}.{name}.lora_b", (f"{t}/{name}/kernel_right_lora",), _same)  # [rank, out]
-
-    stacks = {
-        "encoder": (model.text.encoder, {"attention": "pre_attention_layer_norm"}),
-        "decoder": (
-            model.text.decoder,
-            {
-                "self_attention": "pre_self_attention_layer_norm",
-                "encoder_decoder_attention": "pre_cross_attention_layer_norm",
-            },
-        ),
-    }
-    for stack, (module, attentions) in stacks.items():
-        so, st = f"{ours}.{stack}", f"{theirs}/{stack}"
-        yield Entry(f"{so}.relpos_bias.rel_embedding", (f"{st}/relpos_bias/rel_embedding",), _same)
-        yield from _norm(f"{so}.{stack}_norm", f"{st}/{stack}_norm", bias=False)
-        for i in range(len(module.layers)):
-            o, t = f"{so}.layers.{i}", f"{st}/layers_{i}"
-            for name, norm in attentions.items():
-                yield from attention(f"{o}.{name}", f"{t}/{name}")
-                yield from _norm(f"{o}.{norm}", f"{t}/{norm}", bias=False)
-            yield from _norm(f"{o}.pre_mlp_layer_norm", f"{t}/pre_mlp_layer_norm", bias=False)
-            for name in ("wi_0", "wi_1", "wo"):
-                yield from _linear(f"{o}.mlp.{name}", f"{t}/mlp/{name}", bias=False)
-    yield from _linear(f"{ours}.decoder.logits_dense", f"{theirs}/decoder/logits_dense", bias=False)
+    yield Entry(f"{ours}.output_weight", tuple(f"{head}/kernel" for head in heads), same, stacked=True)
+    yield Entry(f"{ours}.output_bias", tuple(f"{head}/bias" for head in heads), same, stacked=True)
+    yield from linear(f"{ours}.dense_output_projection", f"{theirs}/dense_output_mlp/layers.0")
 
 
 def _point_predictor(model: PixelLLM) -> Iterator[Entry]:
     if model.point_predictor is None:
         return
-    yield from _norm("point_predictor.norm", "point_predictor/LayerNorm_0")
+    yield from norm("point_predictor.norm", "point_predictor/LayerNorm_0")
     for i in range(len(model.point_predictor.mlp.layers)):
-        yield from _linear(f"point_predictor.mlp.layers.{i}", f"point_predictor/mlp/layers.{i}")
+        yield from linear(f"point_predictor.mlp.layers.{i}", f"point_predictor/mlp/layers.{i}")
 
 
 def _mask_adapter(model: PixelLLM) -> Iterator[Entry]:
     adapter = model.mask_adapter
     if adapter is None:
         return
-    yield Entry("mask_adapter.output_tokens", ("mask_adapter/output_tokens.weight",), _same)
+    yield Entry("mask_adapter.output_tokens", ("mask_adapter/output_tokens.weight",), same)
     if adapter.gate is not None:
-        yield Entry("mask_adapter.gate", ("mask_adapter/alpha_output.weight",), _same)
+        yield Entry("mask_adapter.gate", ("mask_adapter/alpha_output.weight",), same)
     for name in ("visual_projection", "textual_projection"):
-        yield from _norm(f"mask_adapter.{name}.0", f"mask_adapter/{name}_mlp/LayerNorm_0")
-        yield from _linear(f"mask_adapter.{name}.1", f"mask_adapter/{name}_mlp/layers.0")
+        yield from norm(f"mask_adapter.{name}.0", f"mask_adapter/{name}_mlp/LayerNorm_0")
+        yield from linear(f"mask_adapter.{name}.1", f"mask_adapter/{name}_mlp/layers.0")
     yield from _two_way(adapter.transformer, "mask_adapter.transformer", "mask_adapter/transformer")
 
 
@@ -226,17 +135,17 @@ def _mask_decoder(model: PixelLLM) -> Iterator[Entry]:
         return
     ours, theirs = "mask_decoder", "mask_decoder"
     for name in ("iou_token.weight", "mask_tokens.weight"):
-        yield Entry(f"{ours}.{name}", (f"{theirs}/{name}",), _same)
+        yield Entry(f"{ours}.{name}", (f"{theirs}/{name}",), same)
     yield from _two_way(decoder.transformer, f"{ours}.transformer", f"{theirs}/transformer")
-    yield from _conv2d(f"{ours}.output_upscaling.0", f"{theirs}/output_upscaling/0")
-    yield from _norm(f"{ours}.output_upscaling.1", f"{theirs}/output_upscaling/1")
-    yield from _conv2d(f"{ours}.output_upscaling.3", f"{theirs}/output_upscaling/3")
+    yield from conv2d(f"{ours}.output_upscaling.0", f"{theirs}/output_upscaling/0")
+    yield from norm(f"{ours}.output_upscaling.1", f"{theirs}/output_upscaling/1")
+    yield from conv2d(f"{ours}.output_upscaling.3", f"{theirs}/output_upscaling/3")
     for i in range(decoder.num_masks):
         name = f"output_hypernetworks_mlps.{i}"
         for j in range(decoder.HYPERNETWORK_DEPTH):
-            yield from _linear(f"{ours}.{name}.layers.{j}", f"{theirs}/{name}/layers.{j}")
+            yield from linear(f"{ours}.{name}.layers.{j}", f"{theirs}/{name}/layers.{j}")
     for j in range(len(decoder.iou_prediction_head.layers)):
-        yield from _linear(f"{ours}.iou_prediction_head.layers.{j}", f"{theirs}/iou_prediction_head/layers.{j}")
+        yield from linear(f"{ours}.iou_prediction_head.layers.{j}", f"{theirs}/iou_prediction_head/layers.{j}")
 
 
 def _box_decoder(model: PixelLLM) -> Iterator[Entry]:
@@ -244,23 +153,23 @@ def _box_decoder(model: PixelLLM) -> Iterator[Entry]:
     if decoder is None:
         return
     ours, theirs = "box_decoder.pyramid", "box_decoder/fpn"
-    yield Entry(f"{ours}.p3.0.weight", (f"{theirs}/simfp_3.0/kernel",), _flipped_conv)
-    yield Entry(f"{ours}.p3.0.bias", (f"{theirs}/simfp_3.0/bias",), _same)
+    yield Entry(f"{ours}.p3.0.weight", (f"{theirs}/simfp_3.0/kernel",), flipped_conv)
+    yield Entry(f"{ours}.p3.0.bias", (f"{theirs}/simfp_3.0/bias",), same)
     for o, t in (("p3.1", "3.1"), ("p3.2", "3.2"), ("p4.0", "4.0"), ("p4.1", "4.1"), ("p5.1", "5.1"), ("p5.2", "5.2")):
-        yield from _conv2d(f"{ours}.{o}.conv", f"{theirs}/simfp_{t}", bias=False)
-        yield from _norm(f"{ours}.{o}.norm", f"{theirs}/simfp_{t}.norm")
+        yield from conv2d(f"{ours}.{o}.conv", f"{theirs}/simfp_{t}", bias=False)
+        yield from norm(f"{ours}.{o}.norm", f"{theirs}/simfp_{t}.norm")
     for name in ("p6", "p7"):
-        yield from _conv2d(f"{ours}.{name}", f"{theirs}/top_block/{name}")
+        yield from conv2d(f"{ours}.{name}", f"{theirs}/top_block/{name}")
     ours, theirs = "box_decoder.head", "box_decoder/proposal_generator"
     for i in range(0, len(decoder.head.tower), 3):  # convolution, norm, activation
-        yield from _conv2d(f"{ours}.tower.{i}", f"{theirs}/bbox_tower/{i}")
-        yield from _norm(f"{ours}.tower.{i + 1}", f"{theirs}/bbox_tower/{i + 1}")
-    yield from _conv2d(f"{ours}.heatmap", f"{theirs}/agn_hm")
-    yield from _conv2d(f"{ours}.regression", f"{theirs}/bbox_pred")
+        yield from conv2d(f"{ours}.tower.{i}", f"{theirs}/bbox_tower/{i}")
+        yield from norm(f"{ours}.tower.{i + 1}", f"{theirs}/bbox_tower/{i + 1}")
+    yield from conv2d(f"{ours}.heatmap", f"{theirs}/agn_hm")
+    yield from conv2d(f"{ours}.regression", f"{theirs}/bbox_pred")
     scales = tuple(f"{theirs}/scales.{i}/scale" for i in range(len(decoder.head.scales)))
-    yield Entry(f"{ours}.scales", scales, _same, stacked=True)
+    yield Entry(f"{ours}.scales", scales, same, stacked=True)
     for name in ("fc1", "fc2", "cls_score", "bbox_pred"):
-        yield from _linear(f"box_decoder.roi_head.{name}", f"box_decoder/roi_heads/box_head.0/{name}")
+        yield from linear(f"box_decoder.roi_head.{name}", f"box_decoder/roi_heads/box_head.0/{name}")
 
 
 _PARTS = (
@@ -268,8 +177,8 @@ _PARTS = (
     _sam_encoder,
     _prompt_encoder,
     _prompt_adapter,
-    _visual_projection,
-    _text,
+    flax_text.visual_projection,
+    flax_text.text,
     _point_predictor,
     _mask_adapter,
     _mask_decoder,

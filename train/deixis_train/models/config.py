@@ -85,6 +85,27 @@ class T5Config:
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest text: distances have no end."""
+        return None
+
+
+@dataclass(frozen=True)
+class BertTextConfig:
+    """The BERT/GIT text head, one stack without an encoder (section 7.1)."""
+
+    vocab: int = 30522
+    emb: int = 768
+    heads: int = 12
+    layers: int = 6
+    mlp: int = 3072
+    max_positions: int = 1024  # rows of the position table: longest context, and longest text
+
+    @property
+    def head_dim(self) -> int:
+        return self.emb // self.heads
+
 
 @dataclass(frozen=True)
 class PointPredictorConfig:
@@ -159,6 +180,7 @@ class PixelLLMConfig:
     # reference's option)
     prompt_fuse: Literal["sparse", "dense"] = "sparse"
     t5: T5Config = field(default_factory=T5Config)
+    bert: BertTextConfig | None = None  # set: the text head is this one, and `t5` is not used
     point_predictor: PointPredictorConfig | None = field(default_factory=PointPredictorConfig)
     mask_decoder: MaskDecoderConfig | None = field(default_factory=MaskDecoderConfig)
     mask_adapter: MaskAdapterConfig | None = None
@@ -169,10 +191,16 @@ class PixelLLMConfig:
     refer_length: int = 40
     begin_token_id: int = 0
     end_token_id: int = 1
+    unknown_token_id: int = 2  # what the tokenizer gives for what it cannot spell
     pixel_mean_semantic: tuple[float, ...] = CLIP_MEAN
     pixel_std_semantic: tuple[float, ...] = CLIP_STD
     pixel_mean_sam: tuple[float, ...] = IMAGENET_MEAN
     pixel_std_sam: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def text(self) -> T5Config | BertTextConfig:
+        """The text head's."""
+        return self.t5 if self.bert is None else self.bert
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -283,5 +311,16 @@ PRESETS: dict[str, PixelLLMConfig] = {
     ),
     "xl": PixelLLMConfig(
         name="xl", mask_adapter=MaskAdapterConfig(), box_decoder=BoxDecoderConfig(), context_length=32
+    ),
+    # The second published variant: the same pictures and prompts, BERT's vocabulary and special ids.
+    "bert": PixelLLMConfig(
+        name="bert",
+        bert=BertTextConfig(),
+        mask_adapter=MaskAdapterConfig(),
+        box_decoder=BoxDecoderConfig(),
+        context_length=32,
+        begin_token_id=101,
+        end_token_id=102,
+        unknown_token_id=100,
     ),
 }

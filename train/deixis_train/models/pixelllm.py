@@ -7,13 +7,14 @@ L text length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from deixis_train.models.bert_text import BertText
 from deixis_train.models.box_decoder import BoxDecoder, Detections
-from deixis_train.models.config import PixelLLMConfig, SamVitConfig
+from deixis_train.models.config import PixelLLMConfig, SamVitConfig, T5Config
 from deixis_train.models.eva02 import Eva02
 from deixis_train.models.mask import MaskAdapter, MaskDecoder
 from deixis_train.models.point_head import PointPredictor
@@ -41,6 +42,7 @@ class PixelLLM(nn.Module):
     `point_predictor` returns.
     """
 
+    text: T5  # or a `BertText`, which has the public members of `T5`; what is T5's alone only training asks for
     point_predictor: PointPredictor | None
     mask_decoder: MaskDecoder | None
     mask_adapter: MaskAdapter | None
@@ -65,12 +67,12 @@ class PixelLLM(nn.Module):
         self.semantic_resize = Resize(semantic_grid, self.grid, "cubic")
         self.sam_resize = Resize(self.sam_grid, self.grid, "cubic")
 
-        dim, text_dim = config.prompt_embed_dim, config.t5.emb
+        dim, text_dim = config.prompt_embed_dim, config.text.emb
         self.prompt_encoder = PromptEncoder(dim, config.image_size)
         fused = config.semantic.embed_dim + config.sam.out_chans
         self.prompt_adapter = PromptAdapter(config.prompt_adapter, dim, fused)
         self.visual_projection = VisualProjection(config.prompt_adapter.output_dim, text_dim)
-        self.text = T5(config.t5)
+        self.text = cast(T5, _text_head(config))
         self.point_predictor = PointPredictor(config.point_predictor, text_dim) if config.point_predictor else None
         self.mask_decoder = MaskDecoder(config.mask_decoder, dim) if config.mask_decoder else None
         self.mask_adapter = MaskAdapter(config.mask_adapter, dim, text_dim) if config.mask_adapter else None
@@ -220,3 +222,14 @@ class PixelLLM(nn.Module):
         nn.init.uniform_(self.prompt_adapter.output_weight, -bound, bound)
         if self.mask_adapter is not None:
             nn.init.normal_(self.mask_adapter.output_tokens)
+
+
+def _text_head(config: PixelLLMConfig) -> T5 | BertText:
+    """Raises ValueError for texts that the head has no positions for."""
+    head, longest = config.text, max(config.max_caption_length, config.refer_length, config.context_length)
+    if head.max_positions is not None and longest > head.max_positions:
+        raise ValueError(
+            f"the text head of model {config.name!r} has {head.max_positions} positions, fewer than the {longest} of "
+            "the longest text"
+        )
+    return T5(head) if isinstance(head, T5Config) else BertText(head)

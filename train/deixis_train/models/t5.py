@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deixis_train.models.config import T5Config
-
-KeyValue = tuple[Tensor, Tensor]
-
-# Added to a masked score. Finite on purpose: where a whole row is masked the reference attends uniformly
-# (section 7 (i)), because every score rounds to this number.
-MASKED = -1e10
+from deixis_train.models.text_rows import KeyValue, additive, group_rows, ungroup_rows
 
 
 class LoraLinear(nn.Module):
@@ -192,7 +187,7 @@ class Encoder(nn.Module):
         """Embeddings [R, E, D] and valid [R, E] bool -> [R, E, D]."""
         positions = torch.arange(x.shape[1], device=x.device)
         pairs = valid[:, None, :, None] & valid[:, None, None, :]
-        bias = _additive(pairs, x.dtype) + self.relpos_bias(positions, positions)
+        bias = additive(pairs, x.dtype) + self.relpos_bias(positions, positions)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, bias)
@@ -233,8 +228,8 @@ class DecoderLayer(nn.Module):
 
         query = self.encoder_decoder_attention.project_query(self.pre_cross_attention_layer_norm(x))
         prompts = cross[0].shape[0]
-        attended = self.encoder_decoder_attention.attend(_group_rows(query, prompts), *cross, cross_bias)
-        x = x + self.dropout(self.encoder_decoder_attention.merge_heads(_ungroup_rows(attended, query)))
+        attended = self.encoder_decoder_attention.attend(group_rows(query, prompts), *cross, cross_bias)
+        x = x + self.dropout(self.encoder_decoder_attention.merge_heads(ungroup_rows(attended, query)))
         return x + self.dropout(self.mlp(self.pre_mlp_layer_norm(x))), (key, value)
 
 
@@ -249,7 +244,12 @@ class Decoder(nn.Module):
 
 
 class T5(nn.Module):
-    """The text model. `dropout` acts in training mode only."""
+    """The text model. `dropout` acts in training mode only.
+
+    `BertText` has the same public members; who uses a text head need not know which it is.
+    """
+
+    encoder_shares_weights = False  # with the decoder, so that an export would store them once
 
     def __init__(self, config: T5Config, dropout: float = 0.1) -> None:
         super().__init__()
@@ -258,6 +258,11 @@ class T5(nn.Module):
         self.encoder = Encoder(config, dropout)
         self.decoder = Decoder(config, dropout)
         self.init_weights()
+
+    @property
+    def vocabulary_head(self) -> nn.Linear:
+        """Features [..., D] to logits [..., V]."""
+        return self.decoder.logits_dense
 
     def encode(self, visual: Tensor, context_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encoder over the visual prefix followed by the embedded context.
@@ -313,9 +318,9 @@ class T5(nn.Module):
         causal = positions[None, :] <= positions[:, None]
         dtype = self.token_embedder.weight.dtype
         self_mask = causal & active[:, None, :, None] & active[:, None, None, :]
-        self_bias = _additive(self_mask, dtype) + self.decoder.relpos_bias(positions, positions)
-        queries = _group_rows(active[:, None, :, None], valid.shape[0])
-        cross_bias = _additive(queries & valid[:, None, None, :], dtype)
+        self_bias = additive(self_mask, dtype) + self.decoder.relpos_bias(positions, positions)
+        queries = group_rows(active[:, None, :, None], valid.shape[0])
+        cross_bias = additive(queries & valid[:, None, None, :], dtype)
 
         x = self.decoder.dropout(self.token_embedder(ids))
         for layer, layer_cross in zip(self.decoder.layers, cross, strict=True):
@@ -350,8 +355,8 @@ class T5(nn.Module):
         keys = torch.arange(cache[0][0].shape[2], device=ids.device)
         dtype = self.token_embedder.weight.dtype
         causal = keys[None, :] <= positions[:, None]
-        self_bias = _additive(causal, dtype) + self.decoder.relpos_bias(positions, keys)
-        cross_bias = _additive(valid[:, None, None, :], dtype)
+        self_bias = additive(causal, dtype) + self.decoder.relpos_bias(positions, keys)
+        cross_bias = additive(valid[:, None, None, :], dtype)
 
         # One index for all layers. A scatter becomes one ONNX node that can write in place; index_copy becomes two.
         slots = positions[:, None].expand(ids.shape[0], self.config.heads, ids.shape[1], self.config.head_dim)
@@ -409,20 +414,3 @@ def _init_projection(linear: nn.Module, std: float) -> None:
     if isinstance(linear, LoraLinear):
         nn.init.normal_(linear.lora_a, std=std)
         nn.init.zeros_(linear.lora_b)
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a bool mask allows, MASKED elsewhere."""
-    return torch.where(allowed, 0.0, MASKED).to(dtype)
-
-
-def _group_rows(x: Tensor, prompts: int) -> Tensor:
-    """[R, H, S, X] -> [N, H, (R / N) * S, X]: the beams of a prompt become queries of its one cross-attention row."""
-    _, heads, length, width = x.shape
-    return x.reshape(prompts, -1, heads, length, width).transpose(1, 2).reshape(prompts, heads, -1, width)
-
-
-def _ungroup_rows(x: Tensor, like: Tensor) -> Tensor:
-    """Inverse of `_group_rows`; `like` is a tensor of the wanted shape [R, H, S, X]."""
-    rows, heads, length, width = like.shape
-    return x.reshape(x.shape[0], heads, -1, length, width).transpose(1, 2).reshape(rows, heads, length, width)
