@@ -23,7 +23,7 @@ _COARSE_LEVELS = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Values of the symbolic dimensions; K is beams per prompt, R = N * K."""
+    """Values of the symbolic dimensions; K is beams per prompt, R = N * K, O boxes per picture."""
 
     B: int
     N: int
@@ -33,11 +33,12 @@ class Sizes:
     S: int
     T: int
     L: int
+    O: int  # noqa: E741
     position: int = 3
 
 
-GOLDEN = Sizes(B=1, N=1, K=2, P=5, C=5, S=2, T=9, L=7)
-OTHER = Sizes(B=2, N=3, K=2, P=6, C=4, S=5, T=12, L=8, position=4)
+GOLDEN = Sizes(B=1, N=1, K=2, P=5, C=5, S=2, T=9, L=7, O=6)
+OTHER = Sizes(B=2, N=3, K=2, P=6, C=4, S=5, T=12, L=8, O=7, position=4)
 
 Case = dict[str, Tensor]
 
@@ -75,7 +76,7 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
         return run_torch(specs[role], model, cases[role])
 
     def ids(*shape: int) -> Tensor:
-        return torch.randint(2, config.t5.vocab, shape, generator=generator)
+        return torch.randint(2, config.text.vocab, shape, generator=generator)
 
     image, valid = example_picture(side, sizes.B, seed)
     cases["semantic_encoder"] = cases["sam_encoder"] = {"image": image, "valid_hw": valid}
@@ -93,10 +94,10 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
     cases["text_encoder"] = {"visual_prefix": prefix[: sizes.N], "context_ids": context}
     cross = {name: _compact(value) for name, value in run("text_encoder").items()}
 
-    cache_shape = (rows, config.t5.heads, sizes.T, config.t5.head_dim)
+    cache_shape = (rows, config.text.heads, sizes.T, config.text.head_dim)
     own = {
         f"self_{part}.{layer}": torch.zeros(cache_shape)
-        for layer in range(config.t5.layers)
+        for layer in range(config.text.layers)
         for part in ("key", "value")
     }
     prefill = {"ids": ids(rows, sizes.position), "position": torch.tensor([0]), **cross, **own}
@@ -122,7 +123,24 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
             "labels": labels,
             "prompt_delta": _compact(delta),
         }
+    if "box_proposals" in specs:
+        cases["box_proposals"] = {"features": cases["prompt_extractor"]["features"]}
+        maps = run("box_proposals")
+        levels = {name: _compact(level) for name, level in maps.items() if name not in ("heatmap", "boxes")}
+        cases["box_refine"] = {**levels, "boxes": example_boxes(side, sizes.B, sizes.O, generator)}
     return cases
+
+
+def example_boxes(size: int, pictures: int, count: int, generator: torch.Generator) -> Tensor:
+    """Boxes [pictures, count, 4] of all sizes and shapes in a square input of `size` px.
+
+    Widths and heights are odd multiples of a half, so that no area is that of the border between two levels, where
+    rounding would decide.
+    """
+    corners = torch.floor(torch.rand(pictures, count, 2, generator=generator) * (size - 2))
+    room = size - 1 - corners
+    extent = torch.floor(torch.rand(pictures, count, 2, generator=generator) * room) + 0.5
+    return torch.cat([corners, corners + extent], dim=-1)
 
 
 def golden_arrays(role: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

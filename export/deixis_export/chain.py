@@ -17,16 +17,19 @@ from deixis import Model, load
 from deixis.bundle import ParityRecord
 from deixis.caches import CrossCache
 from deixis.decoding import Beams, Decoded, DecodeRules, beam_search, greedy
+from deixis.detection import Detections
 from deixis.pipeline import Pipeline
 from deixis_export.cases import example_picture
 from deixis_export.session import Arrays, relative_error
 from deixis_train.models import decoding as reference
+from deixis_train.models.box_decoder import Detections as TorchDetections
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corners, pixelllm_prompt
 
 CHAIN_TOLERANCE = 2e-3  # continuous values at the end of the chain
 EXACT = 0.0
 CHAIN_LENGTH = 16  # of the captions compared at export
+LOST_TOLERANCE = 0.1  # share of detections that near ties may exchange
 INT8_TOLERANCE = 1.0  # in effect recorded only: one flipped word changes all that follow
 
 
@@ -118,11 +121,28 @@ def greedy_tokens(decoded: list[Decoded], rules: DecodeRules) -> np.ndarray:
     return tokens
 
 
+def lost_detections(found: list[Detections], expected: TorchDetections, size: int) -> float:
+    """Share of the expected detections that have no counterpart among those found, and the other way round.
+
+    A counterpart has sides and score within the chain's tolerance. Single ones may be lost: where two candidates have
+    almost the same score, or almost the overlap that suppresses, rounding decides between them.
+    """
+    lost = total = 0
+    for ours, boxes, scores in zip(found, expected.boxes.numpy(), expected.scores.numpy(), strict=True):
+        mine = np.column_stack([ours.boxes / size, ours.scores])[: ours.count]
+        theirs = np.column_stack([boxes / size, scores])[scores > 0]
+        same = np.abs(mine[:, None] - theirs[None]).max(axis=2) <= CHAIN_TOLERANCE
+        lost += int((~same.any(axis=0)).sum() + (~same.any(axis=1)).sum())
+        total += len(mine) + len(theirs)
+    return lost / max(total, 1)
+
+
 @torch.no_grad()
 def chain_parity(model: PixelLLM, bundle: Path, precision: str, seed: int) -> dict[str, ParityRecord]:
     """Compare a request through the bundle with the same request through the PyTorch model of the same weights.
 
-    Two pictures, a box each, one instruction: greedy ids, features and locations of a teacher-forced text, masks.
+    Two pictures, a box each, one instruction: greedy ids, features and locations of a teacher-forced text, masks; and
+    the objects that the detector finds.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     length = max(4, min(config.max_caption_length, CHAIN_LENGTH))
@@ -130,8 +150,8 @@ def chain_parity(model: PixelLLM, bundle: Path, precision: str, seed: int) -> di
     image, valid = example_picture(config.image_size, 2, seed + 2)
     index = torch.arange(2)
     boxes = torch.tensor([[0.1, 0.1, 0.6, 0.5], [0.0, 0.2, 0.5, 0.7]]) * config.image_size
-    context = torch.randint(2, config.t5.vocab, (2, 4), generator=generator)
-    words = torch.randint(2, config.t5.vocab, (2, length), generator=generator)
+    context = torch.randint(2, config.text.vocab, (2, 4), generator=generator)
+    words = torch.randint(2, config.text.vocab, (2, length), generator=generator)
     words[:, 0], words[:, -2], words[:, -1] = config.begin_token_id, config.end_token_id, 0
 
     scene = model.encode_image(image, valid)
@@ -161,12 +181,11 @@ def chain_parity(model: PixelLLM, bundle: Path, precision: str, seed: int) -> di
         prefix = chain.extract(maps["features"], index.numpy(), points.numpy(), labels.numpy())
         chain.release()
         state = chain.encode_text(prefix, context.numpy())
-        if model.point_predictor is not None:  # the runtime's captions have a place for every word
-            decoded = chain.generate(state, rules)
-            assert isinstance(decoded, list)
-            differing = float(np.mean(greedy_tokens(decoded, rules) != tokens.numpy()))
-            allowed = INT8_TOLERANCE if int8 else EXACT
-            records["chain/greedy_ids"] = ParityRecord(differing, allowed, "torch, share of ids that differ")
+        decoded = chain.generate(state, rules)
+        assert isinstance(decoded, list)
+        differing = float(np.mean(greedy_tokens(decoded, rules) != tokens.numpy()))
+        allowed = INT8_TOLERANCE if int8 else EXACT
+        records["chain/greedy_ids"] = ParityRecord(differing, allowed, "torch, share of ids that differ")
         chain.release()
         passed = chain.text_pass(state, words.numpy())
         records["chain/pass_features"] = record(passed["features"], features)
@@ -178,4 +197,12 @@ def chain_parity(model: PixelLLM, bundle: Path, precision: str, seed: int) -> di
             out = chain.masks(maps["sam"], index.numpy(), boxes.numpy(), prefix, passed["features"])
             records["chain/masks"] = record(out["masks"][:, 0], wanted)
             records["chain/iou"] = record(out["iou"][:, 0], iou)
+        if model.box_decoder is not None:
+            chain.release()
+            found = chain.pipeline.detect_features(maps["features"], _go_on)
+            lost = lost_detections(found, model.detect(model.features(scene)), config.image_size)
+            allowed = INT8_TOLERANCE if int8 else LOST_TOLERANCE
+            records["chain/detections"] = ParityRecord(
+                lost, allowed, "torch, share of detections without a counterpart"
+            )
     return records

@@ -29,8 +29,8 @@ from deixis.bundle import (
 from deixis.errors import ExportError
 from deixis_export.cases import GOLDEN, OTHER, Case, golden_arrays, make_cases
 from deixis_export.chain import chain_parity
-from deixis_export.graphs import DECODER_ROLES, GraphSpec, graph_specs, run_torch
-from deixis_export.manifest import make_manifest, task_table
+from deixis_export.graphs import GraphSpec, graph_specs, run_torch, shared_roles
+from deixis_export.manifest import detection_spec, make_manifest, task_table
 from deixis_export.session import Arrays, GraphSession, relative_error
 from deixis_export.trace import OPSET, TracedGraph, trace
 from deixis_export.weights import (
@@ -113,6 +113,7 @@ def export_bundle(
                 graphs=parity.graphs,
                 files=describe_files(work),
                 tasks=table,
+                detection=detection_spec(model.config, tasks),
                 parity=parity.records,
                 tokenizer_file=TOKENIZER_FILE,
                 golden_file=GOLDEN_FILE,
@@ -201,7 +202,7 @@ def _write_graph(
     if precision != "fp32":
         store_fp16(traced)
     path = folder / f"{spec.role}.onnx"
-    if spec.role in DECODER_ROLES:
+    if spec.role in shared_roles(model):
         write_graph(traced, path, shared)
         shared.flush()
         return (f"graphs/{DECODER_WEIGHTS}",)

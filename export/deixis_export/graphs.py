@@ -17,8 +17,6 @@ from deixis_train.models.pixelllm import PixelLLM
 
 Dims = tuple[int | str, ...]
 
-DECODER_ROLES = ("decoder_step", "decoder_pass")  # they share one file of weights
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -102,6 +100,24 @@ class MaskDecoder(_View):
         return self.model.decode_masks(sam, image_index, sparse)
 
 
+class BoxProposals(_View):
+    """The detector's first stage. Which places become proposals is for the reader: it sorts, and that is no graph."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        assert self.model.box_decoder is not None
+        maps = self.model.box_decoder.dense(features)
+        return (*maps.pyramid, maps.heatmap, self.model.box_decoder.boxes(maps))
+
+
+class BoxRefine(_View):
+    """The detector's second stage on the boxes that are left."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *pyramid, boxes = inputs
+        assert self.model.box_decoder is not None
+        return self.model.box_decoder.roi(pyramid, boxes)
+
+
 def _pairs(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
@@ -110,20 +126,33 @@ def _locations(model: PixelLLM, features: Tensor) -> tuple[Tensor, ...]:
     return () if model.point_predictor is None else (model.locate(features),)
 
 
+def _pyramid_sides(grid: int) -> tuple[int, ...]:
+    """Sides of the levels P3 to P7 over a fused grid (section 10)."""
+    p5 = grid // 2
+    p6 = (p5 + 1) // 2
+    return (2 * grid, grid, p5, p6, (p6 + 1) // 2)
+
+
 def _caches(kind: str, config: PixelLLMConfig, rows: str, length: str, suffix: str = "") -> tuple[TensorSpec, ...]:
-    dims = (rows, config.t5.heads, length, config.t5.head_dim)
+    dims = (rows, config.text.heads, length, config.text.head_dim)
     return tuple(
         TensorSpec(f"{kind}_{part}{suffix}.{layer}", dims)
-        for layer in range(config.t5.layers)
+        for layer in range(config.text.layers)
         for part in ("key", "value")
     )
+
+
+def shared_roles(model: PixelLLM) -> tuple[str, ...]:
+    """Graphs that share one file of weights."""
+    decoder = ("decoder_step", "decoder_pass")
+    return ("text_encoder", *decoder) if model.text.encoder_shares_weights else decoder
 
 
 def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
     """The graphs that a model is cut into, by role, in the order of a request."""
     config = model.config
     size, grid, sam = config.image_size, model.grid, model.sam_grid
-    c1, c2, width = config.semantic.embed_dim, config.sam.out_chans, config.t5.emb
+    c1, c2, width = config.semantic.embed_dim, config.sam.out_chans, config.text.emb
     queries = grid * grid if config.prompt_fuse == "dense" else config.prompt_adapter.num_outputs
     prompt = config.prompt_embed_dim
 
@@ -167,7 +196,7 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
                 *_caches("self", config, "R", "T"),
             ),
             (
-                TensorSpec("logits", ("R", config.t5.vocab)),
+                TensorSpec("logits", ("R", config.text.vocab)),
                 *text_outputs("R", "S"),
                 *_caches("self", config, "R", "T", "_out"),
             ),
@@ -197,6 +226,26 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
                 MaskDecoder,
             )
         )
+    if model.box_decoder is not None:
+        pyramid = tuple(
+            TensorSpec(f"p{level}", ("B", model.box_decoder.config.channels, side, side))
+            for level, side in enumerate(_pyramid_sides(grid), start=3)
+        )
+        places = sum(side * side for side in _pyramid_sides(grid))
+        specs += [
+            GraphSpec(
+                "box_proposals",
+                (TensorSpec("features", ("B", grid, grid, c1 + c2)),),
+                (*pyramid, TensorSpec("heatmap", ("B", places)), TensorSpec("boxes", ("B", places, 4))),
+                BoxProposals,
+            ),
+            GraphSpec(
+                "box_refine",
+                (*pyramid, TensorSpec("boxes", ("B", "O", 4))),
+                (TensorSpec("logits", ("B", "O", 2)), TensorSpec("deltas", ("B", "O", 4))),
+                BoxRefine,
+            ),
+        ]
     return {spec.role: spec for spec in specs}
 
 

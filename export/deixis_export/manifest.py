@@ -12,9 +12,9 @@ from typing import Any
 from deixis import __version__
 from deixis.bundle import (
     FORMAT_NAME,
-    FORMAT_VERSION,
     Caches,
     CacheSpec,
+    DetectionSpec,
     DimRange,
     FileInfo,
     Format,
@@ -31,13 +31,16 @@ from deixis.bundle import (
     TokenizerSpec,
 )
 from deixis.errors import ExportError
+from deixis_train.losses.boxes import DELTA_SCALE, MAX_LOG_SCALE
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 
-PAD_ID, UNKNOWN_ID = 0, 2  # T5's
+PAD_ID = 0  # of every text head
 TRACE_RULE, REFER_RULE = "begin,end,pad", "^end-1"  # section 8
 REGION_CAPTION_LENGTH = 40  # section 11
 MAX_PICTURES, MAX_ROWS = 16, 128
+# Fields of DetectionSpec that a checkpoint's table of tasks may set, beside those of TaskSpec.
+DETECTION_CHOICES = ("score_threshold", "detection_iou", "max_detections", "join_scores")
 
 
 def default_tasks(config: PixelLLMConfig) -> dict[str, TaskSpec]:
@@ -66,7 +69,30 @@ def default_tasks(config: PixelLLMConfig) -> dict[str, TaskSpec]:
             max_length=config.refer_length,
             points_at=REFER_RULE,
         )
+    if config.box_decoder is not None:
+        tasks["dense_captions"] = region
     return tasks
+
+
+def detection_spec(
+    config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> DetectionSpec | None:
+    """How the runtime joins both stages of the detector, with a checkpoint's own settings; None without one."""
+    detector = config.box_decoder
+    if detector is None:
+        return None
+    spec = DetectionSpec(
+        candidates=detector.pre_nms_test,
+        proposal_iou=detector.proposal_iou,
+        proposals=detector.post_nms_test,
+        delta_scale=DELTA_SCALE,
+        max_log_scale=MAX_LOG_SCALE,
+        score_threshold=detector.score_threshold,
+        detection_iou=detector.detection_iou,
+        max_detections=detector.max_detections,
+    )
+    chosen = (overrides or {}).get("dense_captions", {})
+    return dataclasses.replace(spec, **{name: chosen[name] for name in DETECTION_CHOICES if name in chosen})
 
 
 def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskSpec]:
@@ -76,23 +102,29 @@ def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]
     for name, values in overrides.items():
         if name not in tasks:
             raise ExportError(f"the checkpoint sets task {name!r}, which this model has not; it has {', '.join(tasks)}")
-        unknown = set(values) - fields
+        known = fields | set(DETECTION_CHOICES) if name == "dense_captions" else fields
+        unknown = set(values) - known
         if unknown:
             raise ExportError(
-                f"task {name!r}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(fields))}"
+                f"task {name!r}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}"
             )
-        tasks[name] = dataclasses.replace(tasks[name], **values)
+        tasks[name] = dataclasses.replace(tasks[name], **{k: v for k, v in values.items() if k in fields})
     return tasks
 
 
 def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimRange]:
-    """Ranges of the symbolic dimensions, from what the tasks ask for."""
+    """Ranges of the symbolic dimensions, from what the tasks ask for. Raises ExportError when that is too long."""
     config = model.config
     context = max(task.instruction_tokens for task in tasks.values())
     length = max(task.max_length for task in tasks.values())
+    positions = config.text.max_positions or 4 * length
+    if (longest := max(length, context)) > positions:
+        raise ExportError(f"a task has texts of {longest} tokens, but the text head has {positions} positions only")
     beams = max(task.beams for task in tasks.values())
     queries = config.prompt_adapter.num_outputs if config.prompt_fuse == "sparse" else model.grid * model.grid
+    proposals = config.box_decoder.post_nms_test if config.box_decoder else 0
     return {
+        **({"O": DimRange(1, proposals, proposals)} if proposals else {}),
         "B": DimRange(1, 1, MAX_PICTURES),
         "R": DimRange(1, beams, MAX_ROWS),
         "N": DimRange(1, 1, MAX_ROWS),
@@ -100,7 +132,7 @@ def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimR
         "C": DimRange(1, min(8, context), context),
         "E": DimRange(queries + 1, queries + min(8, context), queries + context),
         "S": DimRange(1, 1, length),
-        "T": DimRange(1, length, 4 * length),
+        "T": DimRange(1, length, min(4 * length, positions)),
         "L": DimRange(1, length, length),
     }
 
@@ -111,6 +143,7 @@ def make_manifest(
     graphs: dict[str, Graph],
     files: dict[str, FileInfo],
     tasks: dict[str, TaskSpec],
+    detection: DetectionSpec | None,
     parity: dict[str, ParityRecord],
     tokenizer_file: str,
     golden_file: str,
@@ -118,9 +151,9 @@ def make_manifest(
     licence: str,
 ) -> Manifest:
     config = model.config
-    cache = CacheSpec(config.t5.layers, config.t5.heads, config.t5.head_dim)
+    cache = CacheSpec(config.text.layers, config.text.heads, config.text.head_dim)
     return Manifest(
-        format=Format(FORMAT_NAME, ".".join(map(str, FORMAT_VERSION))),
+        format=Format(FORMAT_NAME, "1.0" if detection is None else "1.1"),  # the oldest that has it all
         model=ModelInfo("pixelllm", config.name),
         files=files,
         graphs=graphs,
@@ -128,7 +161,7 @@ def make_manifest(
         caches=Caches(cache, cache, default_capacity=max(task.max_length for task in tasks.values())),
         image=ImageSpec(config.image_size),
         tokenizer=TokenizerSpec(
-            tokenizer_file, config.begin_token_id, config.end_token_id, PAD_ID, UNKNOWN_ID, config.t5.vocab
+            tokenizer_file, config.begin_token_id, config.end_token_id, PAD_ID, config.unknown_token_id, config.text.vocab
         ),
         location=LocationSpec(config.point_predictor.num_output_points if config.point_predictor else 1),
         prompts=PromptSpec("box" if config.prompt_use_box_rate > 0 else "corners"),
@@ -143,6 +176,7 @@ def make_manifest(
             licence=licence,
             versions=_versions(),
         ),
+        detection=detection,
     )
 
 

@@ -13,11 +13,13 @@ The way of a request through the modules, and so where a change belongs:
 
     model, scene            what the user calls: load, encode, the tasks one by one and in batches, the recent scenes
     image, exif, geometry   a picture to the network input, and the map of points between the two
-    captioning, grounding   one function per task: prompts in, graphs in their order, results out
+    captioning, grounding,  one function per task: prompts in, graphs in their order, results out
+    dense
     prompts, tokenizer      what the caller points at or says, checked, as arrays for the graphs
     pipeline, batching      every graph as a method on arrays; many requests packed into few runs
     engines                 what runs a graph (onnxruntime)
     caches, decoding        keys and values of the decoder; greedy and beam search
+    detection               places to boxes of objects: peaks, suppression, scores
     readout, masks          locations to words and boxes, logits to masks, in pixels of the user's picture
     results                 what comes back; overlay and drawing make pictures of it
     bundle, schema          manifest and files of a bundle; options, errors, files: what they say
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from deixis.model import Info, Model, load
     from deixis.options import DecodeOptions
     from deixis.prompts import Prompt
-    from deixis.results import Caption, Grounding, Mask, Segment, Trace, Word
+    from deixis.results import Caption, DenseCaption, Grounding, Mask, Segment, Trace, Word
     from deixis.scene import Scene
 
 _HOME = {
@@ -77,7 +79,7 @@ _HOME = {
     "model": ("Info", "Model", "load"),
     "options": ("DecodeOptions",),
     "prompts": ("Prompt",),
-    "results": ("Caption", "Grounding", "Mask", "Segment", "Trace", "Word"),
+    "results": ("Caption", "DenseCaption", "Grounding", "Mask", "Segment", "Trace", "Word"),
     "scene": ("Scene",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -92,6 +94,7 @@ __all__ = [  # in the order of use
     "Caption",
     "CaptionStream",
     "Word",
+    "DenseCaption",
     "Trace",
     "Grounding",
     "Segment",

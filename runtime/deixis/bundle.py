@@ -26,7 +26,7 @@ from deixis.errors import BundleFormatError, BundleIntegrityError, BundleNotFoun
 from deixis.schema import build, read_json
 
 FORMAT_NAME = "deixis-bundle"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)  # 1.1: `detection`
 MANIFEST_NAME = "manifest.json"
 MANIFEST_MAX_BYTES = 4 << 20
 
@@ -170,6 +170,30 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class DetectionSpec:
+    """How `box_proposals` and `box_refine` are joined: selection, suppression, scores (section 10).
+
+    All sorting is stable and descending. Suppression is greedy in that order: a box is dropped when its IoU with a kept
+    one is at least the threshold, or when it has no coordinate above 0; the union counts as 1e-8 px at least. All in
+    float32, px of the padded input.
+    """
+
+    candidates: int = 1000  # places with the highest scores, sigmoid(heatmap); at most all but one
+    proposal_iou: float = 0.9  # suppression of the candidates, whose boxes are not clipped yet
+    proposals: int = 256  # kept, then clipped to the input; missing ones are the last candidate with score 0
+    # box_refine's deltas are divided by this: shift of the centre in widths and heights, growth as a logarithm
+    delta_scale: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    max_log_scale: float = 4.135166556742356  # growth is capped here: ln(1000 / 16)
+    # a detection scores more than this: sqrt(softmax(logits)[1] * proposal score). Boxes are clipped before they are
+    # suppressed.
+    score_threshold: float = 0.05
+    detection_iou: float = 0.5
+    max_detections: int = 100
+    # the score of a caption joins that of its box: sqrt(score * exp(caption's score)); a default, callers may choose
+    join_scores: bool = False
+
+
+@dataclass(frozen=True)
 class ParityRecord:
     """One comparison made at export: largest error relative to the array's largest magnitude."""
 
@@ -199,16 +223,20 @@ class Manifest:
     tokenizer: TokenizerSpec
     location: LocationSpec
     prompts: PromptSpec
-    tasks: dict[str, TaskSpec]  # "caption", "region_caption", "trace", "refer"
+    tasks: dict[str, TaskSpec]  # "caption", "region_caption", "trace", "refer", "dense_captions"
     mask: MaskSpec
     parity: dict[str, ParityRecord]
     # npz of golden vectors: "<role>/in/<name>" and "<role>/out/<name>"; "<role>/out[::k]/<name>" holds every k-th value
     # of an output in row-major order
     golden: str
     provenance: Provenance
+    detection: DetectionSpec | None = None  # since 1.1; with the graphs box_proposals and box_refine
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        values = dataclasses.asdict(self)
+        if self.detection is None:  # a runtime of 1.0 does not know the field
+            del values["detection"]
+        return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -403,11 +431,28 @@ def _check_references(manifest: Manifest) -> list[str]:
         for name, value in ids.items()
         if not 0 <= value < tokenizer.vocab_size
     ]
+    problems += _check_detection(manifest)
     problems += [
         f"files.{name}: needs a sha256 of 64 hexadecimal digits and a size from 0 on"
         for name, info in manifest.files.items()
         if not re.fullmatch(r"[0-9a-f]{64}", info.sha256) or info.bytes < 0
     ]
+    return problems
+
+
+def _check_detection(manifest: Manifest) -> list[str]:
+    spec = manifest.detection
+    if spec is None:
+        return ["graphs.box_refine: needs detection, which is missing"] if "box_refine" in manifest.graphs else []
+    problems = [
+        f"detection.{name}: must be positive, found {getattr(spec, name)}"
+        for name in ("candidates", "proposals", "max_detections", "proposal_iou", "detection_iou", "max_log_scale")
+        if not getattr(spec, name) > 0
+    ]
+    if not 0 <= spec.score_threshold <= 1:
+        problems.append(f"detection.score_threshold: must lie in 0..1, found {spec.score_threshold}")
+    if len(spec.delta_scale) != 4 or 0 in spec.delta_scale:
+        problems.append(f"detection.delta_scale: needs four numbers that are not 0, found {list(spec.delta_scale)}")
     return problems
 
 

@@ -126,7 +126,8 @@ class StepDecoder:
         self._locations = np.zeros((rows, 1, points, 2), np.float32)
         cache = state.self_cache
         inputs = {"ids": self._ids, "position": self._position, **state.cross.inputs(), **cache.inputs()}
-        outputs = {"logits": self._logits, "locations": self._locations, **cache.outputs()}
+        places = {"locations": self._locations} if points else {}  # without a location head the graph has none
+        outputs = {"logits": self._logits, **places, **cache.outputs()}
         self._run = engine.bind("decoder_step", inputs, outputs)
 
     def step(self, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:

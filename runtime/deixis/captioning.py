@@ -67,7 +67,7 @@ def caption_batch(
             rows = pick(group, chunk)
             decoded = _decode(pipeline, pick(scenes, rows), pick(tokens, rows), task, rules, check)
             for row, sequence in zip(rows, decoded, strict=True):
-                captions[row] = _caption(pipeline, task, sequence, scenes[row].geometry, tokens[row].box)
+                captions[row] = make_caption(pipeline, task, sequence, scenes[row].geometry, tokens[row].box)
     return [caption for caption in captions if caption is not None]
 
 
@@ -107,7 +107,7 @@ def _tokens(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt) -> PromptT
     return pipeline.checked(prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts))
 
 
-def _decoder(
+def start_decoder(
     pipeline: Pipeline,
     scenes: Sequence[SceneFeatures],
     tokens: Sequence[PromptTokens],
@@ -131,7 +131,7 @@ def _decode(
     rules: DecodeRules,
     check: Check,
 ) -> list[Decoded]:
-    decoder = _decoder(pipeline, scenes, tokens, task, rules, check)
+    decoder = start_decoder(pipeline, scenes, tokens, task, rules, check)
     if rules.beams == 1:
         return greedy(decoder, len(tokens), rules, check)
     return collect_beams(beam_search(decoder, len(tokens), rules, check), rules)
@@ -140,7 +140,7 @@ def _decode(
 def _stream_greedy(
     pipeline: Pipeline, scene: SceneFeatures, tokens: PromptTokens, task: TaskSpec, rules: DecodeRules, check: Check
 ) -> Generator[Word, None, Caption]:
-    decoder = _decoder(pipeline, [scene], [tokens], task, rules, check)
+    decoder = start_decoder(pipeline, [scene], [tokens], task, rules, check)
     spelling = Spelling(pipeline.tokenizer)
     log_probs: list[np.float32] = []
     locations: list[np.ndarray] = []  # one less than ids until the last id is consumed
@@ -164,23 +164,24 @@ def _stream_greedy(
     sequence = Decoded(
         np.array(spelling.ids, np.int64),
         np.array(log_probs[:count], np.float32),
-        np.array(locations, np.float32).reshape(count, pipeline.manifest.location.points_per_token, 2),
+        np.array(locations, np.float32).reshape(count, pipeline.points, 2),
         score,
         finished,
     )
-    return _caption(pipeline, task, sequence, scene.geometry, tokens.box)
+    return make_caption(pipeline, task, sequence, scene.geometry, tokens.box)
 
 
 def _stream_at_end(
     pipeline: Pipeline, scene: SceneFeatures, tokens: PromptTokens, task: TaskSpec, rules: DecodeRules, check: Check
 ) -> Generator[Word, None, Caption]:
     [sequence] = _decode(pipeline, [scene], [tokens], task, rules, check)
-    caption = _caption(pipeline, task, sequence, scene.geometry, tokens.box)
+    caption = make_caption(pipeline, task, sequence, scene.geometry, tokens.box)
     yield from caption.words
     return caption
 
 
-def _caption(pipeline: Pipeline, task: TaskSpec, sequence: Decoded, geometry: Geometry, box: Box | None) -> Caption:
+def make_caption(pipeline: Pipeline, task: TaskSpec, sequence: Decoded, geometry: Geometry, box: Box | None) -> Caption:
+    """A decoded sequence as text and words; `box` is the region it describes, in pixels of the picture."""
     spelling = Spelling(pipeline.tokenizer)
     for piece in sequence.ids:
         spelling.add(int(piece))

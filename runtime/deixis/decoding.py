@@ -213,22 +213,22 @@ def beam_search(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -
 
 def collect_beams(beams: Beams, rules: DecodeRules) -> list[Decoded]:
     """The best sequence of every row."""
-    collected = []
-    for row in range(len(beams.tokens)):
-        ids = beams.tokens[row, -1, 1 : rules.length - 1]
-        ends = np.flatnonzero(ids == rules.end_id)
-        count = int(ends[0]) if len(ends) else len(ids)
-        words = slice(1, count + 1)
-        collected.append(
-            Decoded(
-                ids[:count],
-                beams.log_probs[row, -1, words],
-                beams.locations[row, -1, words],
-                float(beams.scores[row, -1]),
-                bool(beams.finished[row]),
-            )
-        )
-    return collected
+    return [collect_beam(beams, row, -1, rules) for row in range(len(beams.tokens))]
+
+
+def collect_beam(beams: Beams, row: int, beam: int, rules: DecodeRules) -> Decoded:
+    """One of a row's sequences."""
+    ids = beams.tokens[row, beam, 1 : rules.length - 1]
+    ends = np.flatnonzero(ids == rules.end_id)
+    count = int(ends[0]) if len(ends) else len(ids)
+    words = slice(1, count + 1)
+    return Decoded(
+        ids[:count],
+        beams.log_probs[row, beam, words],
+        beams.locations[row, beam, words],
+        float(beams.scores[row, beam]),
+        bool(beams.finished[row]),
+    )
 
 
 def log_softmax(logits: Floats) -> Floats:

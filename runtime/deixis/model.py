@@ -23,7 +23,7 @@ from typing import Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from deixis import captioning, grounding
+from deixis import captioning, dense, grounding
 from deixis.batching import SceneFeatures
 from deixis.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
 from deixis.captioning import CaptionStream
@@ -33,7 +33,7 @@ from deixis.image import Channels, Source, load_image
 from deixis.options import DecodeOptions
 from deixis.pipeline import GRAPHS_OF_TASK, Pipeline
 from deixis.prompts import Prompt
-from deixis.results import Caption, Grounding, Segment, Trace
+from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
 from deixis.scene import Scene, SceneStore
 
 log = logging.getLogger(__name__)
@@ -189,6 +189,8 @@ class Model:
             scene.caption(options=options)
         if "region_caption" in tasks:
             scene.caption(box=box, options=options)
+        if "dense_captions" in tasks:
+            scene.dense_captions(limit=1, options=options)
         if "segment" in tasks:
             scene.segment(box=box)
         pipeline = self.pipeline
@@ -242,6 +244,21 @@ class Model:
         """See `Scene.stream_caption`."""
         [features] = self._features([(scene, prompt)])
         return captioning.stream_caption(self.pipeline, features, prompt or Prompt(), options or DecodeOptions())
+
+    def dense_captions_batch(
+        self,
+        scenes: Sequence[Scene],
+        limit: int | None = None,
+        min_score: float | None = None,
+        join_scores: bool | None = None,
+        options: DecodeOptions | None = None,
+    ) -> list[tuple[DenseCaption, ...]]:
+        """`Scene.dense_captions` for many scenes at once, all their boxes captioned together; the results are those of
+        one at a time.
+        """
+        features = self._features([(scene, None) for scene in scenes])
+        choice = dense.DenseChoice(limit, min_score, join_scores)
+        return dense.dense_captions_batch(self.pipeline, features, choice, options or DecodeOptions())
 
     def refer_batch(
         self, items: Sequence[tuple[Scene, str]], mask: bool = True, options: DecodeOptions | None = None

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deixis.batching import SceneFeatures, chunk_rows, group_indices, pad_ids, pick, stack_scenes
-from deixis.bundle import Bundle, TaskSpec
+from deixis.bundle import Bundle, DetectionSpec, TaskSpec
 from deixis.caches import CrossCache, DecodeState, StepDecoder
+from deixis.detection import Detections, finish, propose
 from deixis.engines import Engine
 from deixis.errors import BundleFormatError, EngineError, PromptError, TaskError
 from deixis.image import prepare
+from deixis.options import Check
 from deixis.prompts import PromptTokens
 from deixis.readout import valid_positions
 from deixis.tokenizer import TextTokenizer
@@ -31,7 +33,10 @@ GRAPHS_OF_TASK: dict[str, tuple[str, ...]] = {
     "refer": (*_TEXT, "decoder_pass"),
     "trace": (*_TEXT, "decoder_pass"),
     "segment": ("sam_encoder", "mask_decoder"),
+    "dense_captions": (*_TEXT, "box_proposals", "box_refine", "decoder_step"),
 }
+# The second stage samples 14 x 14 places of the pyramid for every proposal: 50 MB a picture at the published sizes.
+_DETECT_TOGETHER = 4
 
 
 class Pipeline:
@@ -73,9 +78,7 @@ class Pipeline:
     def require(self, task: str) -> None:
         """Raise TaskError when the bundle cannot do a task."""
         if lacking := self.missing(task):
-            raise TaskError(
-                f"bundle {self.manifest.model.name!r} cannot {task.replace('_', ' ')}: no {', '.join(lacking)}"
-            )
+            raise TaskError(f"bundle {self.manifest.model.name!r} cannot {_what(task)}: no {', '.join(lacking)}")
 
     def require_masks(self) -> None:
         if "mask_decoder" not in self.manifest.graphs:
@@ -180,17 +183,51 @@ class Pipeline:
         outputs = self.engine.run("text_encoder", inputs)
         return CrossCache.from_outputs(outputs, self.manifest.caches.cross_cache.layers)
 
+    @property
+    def points(self) -> int:
+        """Points per token that captions have: 0 when the model has no location head."""
+        has_places = "locations" in self.manifest.graphs["decoder_step"].outputs
+        return self.manifest.location.points_per_token if has_places else 0
+
     def decoder(self, cross: CrossCache, beams: int, length: int) -> StepDecoder:
         """A decoder for sequences of `length` places (the last is never consumed), its cache as large as that needs."""
         capacity = min(self.capacity, max(length - 1, self.range("T")[0]))
         state = DecodeState.start(cross, self.manifest.caches.self_cache, beams, capacity)
-        points = self.manifest.location.points_per_token
-        return StepDecoder(self.engine, state, self.manifest.tokenizer.vocab_size, points)
+        return StepDecoder(self.engine, state, self.manifest.tokenizer.vocab_size, self.points)
 
     def teacher_forced(self, cross: CrossCache, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Features [N, L, D] and locations [N, L, points, 2] of given ids [N, L]."""
         outputs = self.engine.run("decoder_pass", {"ids": ids, **cross.inputs()})
         return outputs["features"], outputs["locations"]  # type: ignore[return-value]
+
+    @property
+    def detection(self) -> DetectionSpec:
+        """Rules of the detector. Raises TaskError when the bundle has none."""
+        spec = self.manifest.detection
+        if spec is None:
+            raise TaskError(f"bundle {self.manifest.model.name!r} cannot detect objects: it has no detector")
+        return spec
+
+    def detect(self, scenes: Sequence[SceneFeatures], check: Check) -> list[Detections]:
+        """Objects of every scene, boxes in pixels of the padded input; the result is that of one at a time."""
+        found: list[Detections] = []
+        most = min(self.range("B")[1], _DETECT_TOGETHER)
+        for start in range(0, len(scenes), most):
+            found += self.detect_features(np.stack([scene.fused for scene in scenes[start : start + most]]), check)
+        return found
+
+    def detect_features(self, features: Floats, check: Check) -> list[Detections]:
+        """The same for fused features [B, gh, gw, C] of B pictures, which run together."""
+        spec, size = self.detection, self.manifest.image.size
+        check()
+        maps = self.engine.run("box_proposals", {"features": features})
+        heatmaps, places = _finite(maps["heatmap"]), _finite(maps["boxes"])
+        proposals = [propose(*picture, spec, size) for picture in zip(places, heatmaps, strict=True)]
+        pyramid = {name: level for name, level in maps.items() if name not in ("heatmap", "boxes")}
+        check()
+        judged = self.engine.run("box_refine", {**pyramid, "boxes": np.stack([boxes for boxes, _ in proposals])})
+        logits, deltas = _finite(judged["logits"]), _finite(judged["deltas"])
+        return [finish(boxes, scores, logits[i], deltas[i], spec, size) for i, (boxes, scores) in enumerate(proposals)]
 
     def prompt_delta(self, prefix: Floats, features: Floats) -> Floats | None:
         """What the mask adapter adds to the two corner tokens [R, 2, width]; None when the bundle has no adapter."""
@@ -212,6 +249,18 @@ class Pipeline:
         if not np.isfinite(scores).all():  # type: ignore[arg-type]
             raise EngineError("the mask decoder gave scores that are not finite; verify the bundle")
         return masks, scores  # type: ignore[return-value]
+
+
+def _what(task: str) -> str:
+    """A task as a verb."""
+    return "make dense captions" if task == "dense_captions" else task.replace("_", " ")
+
+
+def _finite(values: NDArray[np.generic]) -> Floats:
+    found = np.asarray(values, np.float32)
+    if not np.isfinite(found).all():
+        raise EngineError("the detector gave values that are not finite; verify the bundle, or use a higher precision")
+    return found
 
 
 def stack_tokens(prompts: Sequence[PromptTokens]) -> tuple[Floats, NDArray[np.int64]]:

@@ -53,10 +53,10 @@ def prompt_tokens(prompt: Prompt, geometry: Geometry, spec: PromptSpec) -> Promp
     if prompt.is_whole:
         _check_no_labels(prompt)
         height, width = geometry.valid
-        return replace(_region(np.array([0, 0, width, height], np.float64), None, spec), is_whole=True)
+        return replace(region_tokens(np.array([0, 0, width, height], np.float64), None, spec), is_whole=True)
     if prompt.box is not None:
         box = check_box(prompt, geometry)
-        return _region(geometry.to_input(np.reshape(box, (2, 2))).ravel(), box, spec)
+        return region_tokens(geometry.to_input(np.reshape(box, (2, 2))).ravel(), box, spec)
     return _points(prompt, geometry)
 
 
@@ -95,8 +95,8 @@ def check_box(prompt: Prompt, geometry: Geometry) -> Box:
     return clipped
 
 
-def _region(box: NDArray[np.float64], original: Box | None, spec: PromptSpec) -> PromptTokens:
-    """A box in input pixels as the model was trained to see it."""
+def region_tokens(box: NDArray[np.float64], original: Box | None, spec: PromptSpec) -> PromptTokens:
+    """A box [4] in input pixels as the model was trained to see it; `original` is the same in pixels of the picture."""
     if spec.box_as == "corners":
         x0, y0, x1, y1 = box
         points = [(x0, y0), (x1, y0), (x0, y1), (x1, y1), (0, 0)]

@@ -52,7 +52,7 @@ def make_words(
 ) -> tuple[Word, ...]:
     """Words with places, from n pieces.
 
-    Locations [n, P, 2] relative to the valid picture, valid [n], log_probs [n] or None.
+    Locations [n, P, 2] relative to the valid picture (P = 0 gives words no places), valid [n], log_probs [n] or None.
     """
     pixels = geometry.relative_to_original(locations)
     return tuple(_make_word(text, word, pixels, valid, log_probs) for word in words)
@@ -60,7 +60,7 @@ def make_words(
 
 def _make_word(text: str, word: WordPieces, pixels: Floats, valid: NDArray[np.bool_], log_probs: Floats | None) -> Word:
     pieces = list(word.pieces)
-    counting = [piece for piece in pieces if valid[piece]]
+    counting = [piece for piece in pieces if valid[piece]] if pixels.shape[1] else []
     points: tuple[Point, Point] | None = None
     if counting:
         x0, y0, x1, y1 = (float(v) for v in box_of_points(pixels[counting], np.ones(len(counting), bool)))

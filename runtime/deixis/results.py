@@ -89,6 +89,37 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class DenseCaption:
+    """One object of a picture, found and described.
+
+    box: where it is. text, words, ids, finished: its description, as in Caption; words have places when the model gives
+    places. score: what objects are ranked by, 0..1: detection_score, joined with the caption's when that was asked for.
+    detection_score: how sure the detector is, 0..1. caption_score: log-probability of the text, as Caption.score.
+    """
+
+    box: Box
+    text: str
+    words: tuple[Word, ...]
+    score: float
+    detection_score: float
+    caption_score: float | None = None
+    ids: tuple[int, ...] = ()
+    finished: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "box": _numbers(self.box),
+            "text": self.text,
+            "words": [word.to_dict() for word in self.words],
+            "score": _number(self.score),
+            "detection_score": _number(self.detection_score),
+            "caption_score": _number(self.caption_score),
+            "ids": [int(i) for i in self.ids],
+            "finished": bool(self.finished),
+        }
+
+
+@dataclass(frozen=True)
 class Trace:
     """A given text, every word with its place."""
 

@@ -16,7 +16,7 @@ from deixis.errors import ClosedError
 from deixis.geometry import Geometry
 from deixis.options import DecodeOptions
 from deixis.prompts import Prompt
-from deixis.results import Caption, Grounding, Segment, Trace
+from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
 
 if TYPE_CHECKING:
     from deixis.model import Model
@@ -83,6 +83,22 @@ class Scene:
     ) -> CaptionStream:
         """The same, word by word: an iterator of Word, whose `caption` is the whole."""
         return self._model.stream_caption(self, Prompt(box, points, labels), options)
+
+    def dense_captions(
+        self,
+        limit: int | None = None,
+        min_score: float | None = None,
+        join_scores: bool | None = None,
+        options: DecodeOptions | None = None,
+    ) -> tuple[DenseCaption, ...]:
+        """Find the objects of the picture and describe each; best first, empty when nothing is found.
+
+        limit: describe so many boxes at most, those that the detector is surest of. min_score: leave out what scores
+        less. join_scores: let the captions' probabilities join the scores. Greedy: every box keeps its caption, and its
+        score is the geometric mean of both. With beams: all pairs of box and hypothesis are ranked, `limit` pairs
+        stay, and a box may come several times. None = as the bundle says.
+        """
+        return self._model.dense_captions_batch([self], limit, min_score, join_scores, options)[0]
 
     def refer(self, text: str, mask: bool = True, options: DecodeOptions | None = None) -> Grounding:
         """Find what a phrase means: its box, and its mask unless `mask` is False.

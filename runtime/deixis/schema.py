@@ -42,6 +42,9 @@ def _parse(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(kind, value, where, problems)
+    if origin in (typing.Union, types.UnionType) and types.NoneType in args:
+        [kind] = (option for option in args if option is not types.NoneType)
+        return None if value is None else _parse(kind, value, where, problems)
     if origin is dict and isinstance(value, dict):
         return {key: _parse(args[1], item, f"{where}.{key}", problems) for key, item in value.items()}
     if origin is tuple and isinstance(value, list):

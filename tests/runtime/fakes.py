@@ -70,7 +70,8 @@ def make_tokenizer() -> Tokenizer:
 def make_manifest(**changes: object) -> Manifest:
     precision = Precision("fp32", "fp32")
     valid = {"valid_hw": TensorInfo("valid_hw", "float32", ("B", 2))}
-    graphs = {role: Graph(f"graphs/{role}.onnx", 17, valid, {}, precision) for role in ROLES}
+    places = {"locations": TensorInfo("locations", "float32", ("R", "S", 2, 2))}
+    graphs = {role: Graph(f"graphs/{role}.onnx", 17, valid, places, precision) for role in ROLES}
     task = TaskSpec("a red", 8, LENGTH, beams=1, beams_per_node=2)
     cache = CacheSpec(LAYERS, 1, 2)
     values = {
