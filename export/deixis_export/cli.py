@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> None:
     try:
         from deixis_export.export import ExportOptions, export_bundle
-        from deixis_export.presets import preset, random_model, random_tokenizer
+        from deixis_export.presets import preset, random_model, random_tokenizer_for
         from deixis_train.checkpoint import load_checkpoint
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
@@ -84,7 +84,7 @@ def _export(options: argparse.Namespace) -> None:
         bundle = export_bundle(
             random_model(config, options.seed),
             options.out,
-            tokenizer_json=random_tokenizer(config.t5.vocab),
+            tokenizer_json=random_tokenizer_for(config),
             options=settings,
             source=f"random weights, preset {config.name}, seed {options.seed}",
             force=options.force,

@@ -161,7 +161,12 @@ def make_manifest(
         caches=Caches(cache, cache, default_capacity=max(task.max_length for task in tasks.values())),
         image=ImageSpec(config.image_size),
         tokenizer=TokenizerSpec(
-            tokenizer_file, config.begin_token_id, config.end_token_id, PAD_ID, config.unknown_token_id, config.text.vocab
+            tokenizer_file,
+            config.begin_token_id,
+            config.end_token_id,
+            PAD_ID,
+            config.unknown_token_id,
+            config.text.vocab,
         ),
         location=LocationSpec(config.point_predictor.num_output_points if config.point_predictor else 1),
         prompts=PromptSpec("box" if config.prompt_use_box_rate > 0 else "corners"),

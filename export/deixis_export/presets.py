@@ -5,8 +5,10 @@ The sizes themselves are `PRESETS` of `deixis_train.models.config`.
 
 from __future__ import annotations
 
+import string
+
 import torch
-from torch import nn
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deixis_train.models.config import PRESETS, PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
@@ -42,13 +44,13 @@ def random_model(config: PixelLLMConfig, seed: int = 0) -> PixelLLM:
 
 def _let_captions_end(model: PixelLLM) -> None:
     """Point EOS' row along the mean feature, so that its logit has a bias as a trained model's has."""
-    head: nn.Linear = model.text.decoder.logits_dense
-    ids = torch.arange(2, min(model.config.t5.vocab, 34))[None].repeat(2, 1)
-    visual = torch.randn(2, 4, model.config.t5.emb, generator=torch.Generator().manual_seed(3))
+    head, sizes = model.text.vocabulary_head, model.config.text
+    ids = torch.arange(2, min(sizes.vocab, 34))[None, : sizes.max_positions].repeat(2, 1)
+    visual = torch.randn(2, 4, sizes.emb, generator=torch.Generator().manual_seed(3))
     encoded, valid = model.text.encode(visual)
     _, features = model.text.decode(ids, encoded, valid, with_logits=False)
     mean = features[:, :-1].mean(dim=(0, 1))
-    best = (features[:, :-1] @ head.weight.T).amax(dim=-1).mean()
+    best = head(features[:, :-1]).amax(dim=-1).mean()
     head.weight[model.config.end_token_id] = mean * (EOS_TILT * best / mean.square().sum())
 
 
@@ -57,6 +59,26 @@ def random_tokenizer(vocab: int) -> str:
     words = _WORDS.split()[: vocab - _CHARACTERS]
     words += [f"word{i}" for i in range(vocab - _CHARACTERS - len(words))]
     return build_tokenizer(words, vocab).to_str()
+
+
+def random_tokenizer_for(config: PixelLLMConfig) -> str:
+    """`tokenizer.json` text with the vocabulary size and special ids of a model: Unigram for T5, WordPiece for BERT."""
+    if config.bert is None:
+        return random_tokenizer(config.t5.vocab)
+    names = {0: "[PAD]", config.begin_token_id: "[CLS]", config.end_token_id: "[SEP]", config.unknown_token_id: "[UNK]"}
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    # A word must not lack its letters; of the words as many as there is room for.
+    pieces = [*characters, *("##" + c for c in string.ascii_lowercase + string.digits)]
+    pieces += [word for word in _WORDS.split() if len(word) > 1]
+    pieces += [f"word{i}" for i in range(config.bert.vocab - len(names) - len(pieces))]
+    rest = iter(pieces)
+    vocabulary = {names[i] if i in names else next(rest): i for i in range(config.bert.vocab)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(names.values()))
+    return tokenizer.to_str()
 
 
 def preset(name: str) -> PixelLLMConfig:

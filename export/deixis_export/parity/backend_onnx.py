@@ -15,7 +15,7 @@ from deixis.decoding import Beams, DecodeRules, beam_search, greedy
 from deixis_export.chain import GraphChain, greedy_tokens
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
-from deixis_export.presets import random_tokenizer
+from deixis_export.presets import random_tokenizer_for
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import pixelllm_prompt
 
@@ -30,7 +30,7 @@ def open_backend(model: PixelLLM) -> Iterator[OnnxBackend]:
         export_bundle(
             copy.deepcopy(model),
             bundle,
-            tokenizer_json=random_tokenizer(model.config.t5.vocab),
+            tokenizer_json=random_tokenizer_for(model.config),
             options=ExportOptions(),
         )
         with GraphChain(bundle) as chain:

@@ -36,7 +36,7 @@ class TorchBackend:
 
         def logits_fn(tokens: Tensor, position: int) -> Tensor:
             _, features = text.decode(tokens, None, valid, cross=cross, with_logits=False)
-            return text.decoder.logits_dense(features[:, position])
+            return text.vocabulary_head(features[:, position])
 
         begin = begin_tokens(len(visual), length, decoding.begin_id, decoding.end_id)
         if decoding.beams == 1:

@@ -11,8 +11,6 @@ from deixis.bundle import TaskSpec
 from deixis.errors import PromptError, TextTooLongError
 from deixis_train.models.config import PixelLLMConfig
 
-UNKNOWN_ID = 2  # T5's
-
 
 @dataclass(frozen=True)
 class Pieces:
@@ -46,13 +44,13 @@ class TextEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._end = config.end_token_id
-        self._special = {config.begin_token_id, config.end_token_id, 0}
+        self._refused = {config.begin_token_id, config.end_token_id, config.unknown_token_id, 0}
 
     def encode(self, text: str) -> Pieces:
         """Raises PromptError for a text that is empty or has characters that the model has no ids for."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         for piece, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if piece == UNKNOWN_ID or piece in self._special:
+            if piece in self._refused:
                 raise PromptError(f"the model does not know {text[start:end].strip()!r} (character {start})")
         if not encoding.ids or not text.strip():
             raise PromptError("the text is empty")

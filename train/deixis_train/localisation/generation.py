@@ -37,7 +37,7 @@ def continue_text(text: T5, visual: Tensor, context: Tensor | None, ids: Tensor,
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(steps):
         _, features = text.decode(tokens, None, valid, cross=cross, with_logits=False)
-        chosen = text.decoder.logits_dense(features[rows, given + step - 1]).argmax(dim=-1)
+        chosen = text.vocabulary_head(features[rows, given + step - 1]).argmax(dim=-1)
         chosen = torch.where(ended, END, chosen)
         tokens[rows, given + step] = chosen
         ended |= chosen == END

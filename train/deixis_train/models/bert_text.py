@@ -1,9 +1,9 @@
 """The BERT/GIT text head: one stack of layers over the visual prefix, the context and the text (section 7.1).
 
-It has the public members of `T5`, so the rest of a model, an export and a runtime treat both alike. There is no encoder:
-the prefix (visual tokens, then context) attends to itself only, so its keys and values are the same whatever the text.
-They are computed once per prompt, layer by layer, and take the place of T5's cross-attention keys and values. A
-position of the text attends, in one softmax, to them and to the text up to itself. No position is inactive here: what
+It has the public members of `T5`, so the rest of a model, an export and a runtime treat both alike. There is no
+encoder: the prefix (visual tokens, then context) attends to itself only, so its keys and values are the same whatever
+the text. They are computed once per prompt, layer by layer, and take the place of T5's cross-attention keys and values.
+A position of the text attends, in one softmax, to them and to the text up to itself. No position is inactive here: what
 the teacher-forced pass gives, steps give too.
 
 Letters in shapes: R rows of the text, N prompts (R = N * beams, grouped by prompt), Q visual tokens, C context tokens,

@@ -103,7 +103,7 @@ def dense_captions(
 
     def logits_fn(tokens: Tensor, position: int) -> Tensor:
         _, states = text.decode(tokens, None, valid, cross=cross, with_logits=False)
-        return text.decoder.logits_dense(states[:, position])
+        return text.vocabulary_head(states[:, position])
 
     begin = begin_tokens(rows, length, config.begin_token_id, config.end_token_id).to(features.device)
     if beams == 1:
