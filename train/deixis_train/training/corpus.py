@@ -18,13 +18,14 @@ from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.preparation.geometry import place_fitted
 from deixis_train.data.preparation.instructions import LONG_CAPTION, SHORT_CAPTION
 from deixis_train.data.preparation.prepare import Preparation
-from deixis_train.data.samples import Instance, Sample
+from deixis_train.data.preparation.store import SampleStore
+from deixis_train.data.samples import Sample
 from deixis_train.localisation.coding import Localiser
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.cells import Names, cell_owners, names_of, thing_table
 from deixis_train.training.features import FeatureStore, What, fill, read_fitted, store_of
-from deixis_train.training.micro import Feed, Prepare, Truth
+from deixis_train.training.micro import Feed, Prepare, Samples, Truth
 from deixis_train.training.recipe import Recipe, SourceSpec, StageSpec
 from deixis_train.training.vocabulary import CachedTokenizer
 
@@ -39,6 +40,25 @@ class Things:
     truth: dict[str, Truth] = field(default_factory=dict)
 
 
+class Joined:
+    """Samples of a store with the instances of their pictures, which several sources share.
+
+    Raises DataError for a picture without instances.
+    """
+
+    def __init__(self, store: SampleStore, known: Mapping[str, Sample], spec: SourceSpec) -> None:
+        self._store, self._known = store, known
+        if lacking := [name for name in store.keys if name not in known]:
+            raise DataError(f"source {spec.name!r}: {spec.instances} has no instances of {lacking[0]}")
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._store[index]
+        return replace(sample, instances=self._known[sample.key].instances)
+
+
 class Corpus:
     """What a recipe's sources hold, below the data folder. A source that several stages name is read once.
 
@@ -50,10 +70,10 @@ class Corpus:
 
     def __init__(self, data: Path, features: Path, report: Callable[[str], None]) -> None:
         self.data, self.features, self.report = data, features, report
-        self._samples: dict[tuple[str, ...], list[Sample]] = {}
+        self._samples: dict[tuple[str, ...], Samples] = {}
         self._things: dict[str, Things] = {}
 
-    def samples(self, spec: SourceSpec) -> list[Sample]:
+    def samples(self, spec: SourceSpec) -> Samples:
         """All samples of a source, with the instances of their pictures.
 
         Raises:
@@ -70,12 +90,9 @@ class Corpus:
                 max_skipped=spec.max_skipped,
                 **_options(spec, self.data),
             )
-            samples = list(source)
-            if spec.instances and spec.kind != "coco_instances":
-                known = self._things_of(spec).samples
-                samples = [replace(sample, instances=_instances(known, sample, spec)) for sample in samples]
-            self.report(f"source {spec.name}: {len(samples)} samples, {source.skipped} malformed records skipped")
-            self._samples[key] = samples
+            samples = SampleStore(source)
+            self.report(f"source {spec.name}: {len(samples)} samples, {samples.skipped} malformed records skipped")
+            self._samples[key] = Joined(samples, self._things_of(spec).samples, spec) if spec.instances else samples
         return self._samples[key]
 
     def _things_of(self, spec: SourceSpec) -> Things:
@@ -121,8 +138,9 @@ class Corpus:
                 yield from instructions_of(spec)
                 if spec.referring:
                     yield spec.referring
-                for sample in self.samples(spec):
-                    for row in sample.rows:
+                samples = self.samples(spec)
+                for index in range(len(samples)):
+                    for row in samples[index].rows:
                         yield row.text
                         yield row.context
 
@@ -135,12 +153,6 @@ def _options(spec: SourceSpec, data: Path) -> dict[str, Any]:
     takes = inspect.signature(reader.__init__).parameters
     files = {name for name, parameter in takes.items() if "Path" in str(parameter.annotation)}
     return {name: data / value if name in files else value for name, value in spec.options.items()}
-
-
-def _instances(known: Mapping[str, Sample], sample: Sample, spec: SourceSpec) -> tuple[Instance, ...]:
-    if sample.key not in known:
-        raise DataError(f"{sample.where}: {spec.instances} has no instances of {sample.key}")
-    return known[sample.key].instances
 
 
 def _owners(sample: Sample, grid: int, size: int) -> np.ndarray:
@@ -208,7 +220,8 @@ def feeds_of(
         samples = corpus.samples(spec)
         folder = corpus.features / spec.images
         if whats and writer:
-            pictures = {sample.key: sample.image for sample in samples}
+            every = (samples[index] for index in range(len(samples)))
+            pictures = {sample.key: sample.image for sample in every}
             bf16 = stage.precision == "bf16"
             fill(model, whats, folder, pictures, lambda path: read_fitted(path, config.image_size), bf16=bf16)
         stores: dict[str, FeatureStore] = {what: store_of(model, what, folder) for what in whats}

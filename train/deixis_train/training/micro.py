@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from deixis_train.training.features import FeatureStore
 from deixis_train.training.recipe import SourceSpec, StageSpec
 
 Prepare = Callable[[Sample, np.random.Generator], Example]
+
+
+class Samples(Protocol):
+    """Samples with random access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass
@@ -71,7 +80,7 @@ class Feed:
 
     stage: StageSpec
     source: SourceSpec
-    samples: Sequence[Sample]
+    samples: Samples
     prepare: Prepare
     stores: Mapping[str, FeatureStore]  # of the folder of the source's pictures
     truth: Mapping[str, Truth]
