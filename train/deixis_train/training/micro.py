@@ -174,7 +174,7 @@ class Feed:
             meant[row : row + rows] = cells[-rows:]
             row += rows
         micro.look = torch.from_numpy(look) if auxiliary.look else None
-        if auxiliary.match and bool((batch.whole & (batch.boxes.amax(-1) > 0)).any()):
+        if auxiliary.match and bool((batch.boxes.amax(-1) > 0).any()):
             micro.meant = torch.from_numpy(meant)
 
     def _prompts(

@@ -160,9 +160,10 @@ class Objective:
                 terms["mask"] = losses.mask * self._mask(locations, batch, visual, states, sam_map)
         if auxiliary.look and micro.look is not None and "point" in batch.losses:
             terms["look"] = auxiliary.look * look_loss(attention, micro.look, weight)
-        if auxiliary.match and micro.meant is not None and whole is not None:
-            logit = self.helpers.matcher(encoded[refer][:, : micro.meant.shape[1]])[..., 0]
-            terms["match"] = auxiliary.match * match_loss(logit, micro.meant[refer])
+        if auxiliary.match and micro.meant is not None:
+            about = batch.boxes.amax(-1) > 0
+            logit = self.helpers.matcher(encoded[about][:, : micro.meant.shape[1]])[..., 0]
+            terms["match"] = auxiliary.match * match_loss(logit, micro.meant[about])
         if auxiliary.cells and whole is not None and micro.occupied is not None and micro.targets is not None:
             seen = self.helpers.cells(whole.unflatten(1, micro.occupied.shape[1:]))
             cells = cell_losses(seen, micro.occupied, micro.targets)
