@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deixis_train.models.config import PRESETS, PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.tabletop.tokenizer import build_tokenizer
+from deixis_train.training.vocabulary import build_tokenizer
 
 _WORDS = (
     "a an and are at ball behind big black blue book bottle box brown can caption cat chair cup dark fork "

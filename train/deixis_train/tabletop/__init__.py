@@ -1,1 +1,0 @@
-"""The vocabulary builder under its former name; it lives in `deixis_train.training.vocabulary`."""
