@@ -124,7 +124,7 @@ def finish(boxes: Floats, scores: Floats, logits: Floats, deltas: Floats, spec: 
 
 def apply_deltas(boxes: Floats, deltas: Floats, spec: DetectionSpec) -> Floats:
     """Boxes [N, 4] moved and resized by the second stage's deltas [N, 4]: [N, 4], not clipped."""
-    extent = boxes[:, 2:] - boxes[:, :2]
+    extent: Floats = boxes[:, 2:] - boxes[:, :2]
     units: Floats = np.array(spec.delta_scale, np.float32)
     moves: Floats = deltas / units
     half: Floats = extent * np.float32(0.5)

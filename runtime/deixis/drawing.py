@@ -20,6 +20,8 @@ SMALLEST_PX, LARGEST_PX, NARROWEST_PX = 800, 1600, 480
 INK: Color = (18, 20, 26)  # panels, halos
 PAPER: Color = (236, 238, 242)  # text without a place
 FAINT: Color = (134, 140, 152)
+TAG_PAD, TAG_HEIGHT = 0.45, 1.6  # of tags, in heights of the text
+_LEAST_LABEL = 9  # labels may be so wide, in heights of the text, however narrow their box is
 _SHIFT = 4  # fractional bits of cv2's fixed-point coordinates
 
 
@@ -214,3 +216,64 @@ def fill(pixels: NDArray[np.uint8], rect: Rect, color: Color, opacity: float = 1
 
 def overlaps(rect: Rect, others: Sequence[Rect]) -> bool:
     return any(rect[0] < o[2] and o[0] < rect[2] and rect[1] < o[3] and o[1] < rect[3] for o in others)
+
+
+def place_tag(rect: Rect, size: tuple[float, float], area: tuple[float, float], taken: Sequence[Rect]) -> Rect | None:
+    """A free place for a tag of `size` (width, height) at a box: around it first, then inside.
+
+    Tried are the tag's positions along the box's upper and lower edge, outside, then inside, then beside its right and
+    left edge.
+
+    Args:
+        rect: the box, inside the area.
+        size: (width, height) of the tag.
+        area: (width, height) that the tag must lie in.
+        taken: places that it may not overlap.
+
+    Returns:
+        The first place that is free, or None. All in px of the canvas.
+    """
+    (wide, high), (left, top, right, bottom) = size, rect
+    edge = max(area[0] - wide, 0.0)
+    columns = [min(max(x, 0.0), edge) for x in (left, right - wide, (left + right - wide) / 2)]
+    places = [(x, y) for y in (top - high, bottom, top, bottom - high) for x in columns]
+    places += [(x, y) for x in (right, left - wide) for y in (top, bottom - high, (top + bottom - high) / 2)]
+    for x, y in places:
+        place = (x, y, x + wide, y + high)
+        inside = x >= 0 and y >= 0 and place[2] <= area[0] and place[3] <= area[1]
+        if inside and not overlaps(place, taken):
+            return place
+    return None
+
+
+def place_labels(
+    canvas: Canvas, rects: Sequence[Rect], texts: Sequence[Sequence[str]]
+) -> list[tuple[Rect, str] | None]:
+    """Where the label of every box goes, and which of its texts it is: the first that finds a free place.
+
+    A text that is much wider than its box is shortened. Places overlap neither each other nor what the canvas has
+    already taken, and lie inside the picture; they are taken from then on.
+    """
+    height, width = canvas.pixels.shape[:2]
+    size = canvas.text_px
+    placed: list[tuple[Rect, str] | None] = []
+    for rect, of_box in zip(rects, texts, strict=True):
+        room = min(max(rect[2] - rect[0], _LEAST_LABEL * size), width) - 2 * TAG_PAD * size
+        found = None
+        for text in of_box:
+            text = shorten(text, size, room, 600)
+            extent = text_width(text, size, 600) + 2 * TAG_PAD * size, TAG_HEIGHT * size
+            place = place_tag(rect, extent, (width, height), canvas.taken)
+            if place is not None:
+                found = place, text
+                canvas.taken.append(place)
+                break
+        placed.append(found)
+    return placed
+
+
+def write_tag(canvas: Canvas, place: Rect, text: str, color: Color) -> None:
+    """A label in dark letters on its colour; `place` is TAG_HEIGHT texts high."""
+    size = canvas.text_px
+    fill(canvas.pixels, place, color, 0.94, radius=0.3 * size)
+    write(canvas.pixels, text, (place[0] + TAG_PAD * size, place[1] + 1.15 * size), size, INK, 600)

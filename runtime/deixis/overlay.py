@@ -20,7 +20,7 @@ from deixis import drawing
 from deixis.drawing import FAINT, INK, PAPER, Canvas, Color, Rect
 from deixis.errors import ImageError
 from deixis.files import write_atomic
-from deixis.results import Box, Caption, Grounding, Mask, Point, Segment, Trace, Word
+from deixis.results import Box, Caption, DenseCaption, Grounding, Mask, Point, Segment, Trace, Word
 
 Picture = NDArray[np.uint8]
 _PANEL: Color = (24, 27, 34)
@@ -60,6 +60,30 @@ def draw_grounding(image: Picture, groundings: Grounding | Sequence[Grounding]) 
         _tag(canvas, _rect(canvas, g.box), g.text, drawing.palette(i))
     lines = [[(g.text, drawing.palette(i)), (_score(g.score), FAINT)] for i, g in enumerate(found)]
     return _with_panel(canvas, lines)
+
+
+def draw_dense_captions(image: Picture, captions: Sequence[DenseCaption]) -> Picture:
+    """The box of every object in a colour of its own, numbered, and its text on it where there is room; all texts with
+    their scores below.
+
+    Labels never cover each other: the best objects choose first. Where no place is left for a text its number stands
+    alone, and where there is none for that either, the colour tells which line means the box.
+    """
+    canvas = Canvas.of(image)
+    colors = [drawing.palette(i) for i in range(len(captions))]
+    rects = [_rect(canvas, caption.box) for caption in captions]
+    for rect, color in reversed(list(zip(rects, colors, strict=True))):  # the best on top
+        drawing.rectangle(canvas.pixels, rect, color, 1.8 * canvas.unit)
+    numbers = [str(i + 1) for i in range(len(captions))]
+    places = drawing.place_labels(canvas, rects, [[f"{n} {c.text}", n] for n, c in zip(numbers, captions, strict=True)])
+    for place, color in zip(places, colors, strict=True):
+        if place is not None:
+            drawing.write_tag(canvas, *place, color)
+    lines = [
+        [(f"{number} {caption.text}", color), (_score(caption.score), FAINT)]
+        for number, caption, color in zip(numbers, captions, colors, strict=True)
+    ]
+    return _with_panel(canvas, lines or [[("nothing found", FAINT)]])
 
 
 def draw_segments(
@@ -226,9 +250,9 @@ def _tag(canvas: Canvas, rect: Rect, text: str, color: Color) -> None:
     """A label on a box: above it, else below, else inside; the first place that is free."""
     size = canvas.text_px
     height, width = canvas.pixels.shape[:2]
-    pad = 0.45 * size
+    pad = drawing.TAG_PAD * size
     text = drawing.shorten(text, size, max(width - 2 * pad, size), 600)
-    wide, high = drawing.text_width(text, size, 600) + 2 * pad, 1.6 * size
+    wide, high = drawing.text_width(text, size, 600) + 2 * pad, drawing.TAG_HEIGHT * size
     left = min(max(rect[0] - canvas.unit, 0), max(width - wide, 0))
     tops = [
         rect[1] - high - canvas.unit,
@@ -240,8 +264,7 @@ def _tag(canvas: Canvas, rect: Rect, text: str, color: Color) -> None:
     places = places or [(left, 0.0, left + wide, high)]
     place = next((p for p in places if not drawing.overlaps(p, canvas.taken)), places[0])
     canvas.taken.append(place)
-    drawing.fill(canvas.pixels, place, color, 0.94, radius=0.3 * size)
-    drawing.write(canvas.pixels, text, (place[0] + pad, place[1] + 1.15 * size), size, INK, 600)
+    drawing.write_tag(canvas, place, text, color)
 
 
 Run = tuple[str, Color]

@@ -405,3 +405,44 @@ def test_manifest_is_not_written_when_it_would_not_load(root: Path) -> None:
     with pytest.raises(BundleFormatError):
         b.write_manifest(root, dataclasses.replace(manifest, golden="nowhere.npz"))
     assert (root / b.MANIFEST_NAME).read_bytes() == before
+
+
+DETECTION = {"candidates": 50, "proposals": 20, "max_detections": 10, "join_scores": True}
+
+
+def test_a_detector_is_optional_and_survives(root: Path) -> None:
+    assert b.open_bundle(root).manifest.detection is None
+    assert "detection" not in json.loads(b.open_bundle(root).manifest.to_json())  # a runtime of 1.0 would refuse it
+    change(root, lambda m: m.update(detection=DETECTION))
+    manifest = b.open_bundle(root).manifest
+    assert manifest.detection == b.DetectionSpec(candidates=50, proposals=20, max_detections=10, join_scores=True)
+    assert b.parse_manifest(manifest.to_json().encode()) == manifest
+    change(root, lambda m: m.update(detection=None))
+    assert b.open_bundle(root).manifest.detection is None
+
+
+@pytest.mark.parametrize(
+    ("detection", "where"),
+    [
+        ({"candidates": 0}, r"detection\.candidates: must be positive"),
+        ({"proposals": -1}, r"detection\.proposals: must be positive"),
+        ({"max_detections": 0}, r"detection\.max_detections: must be positive"),
+        ({"detection_iou": 0.0}, r"detection\.detection_iou: must be positive"),
+        ({"score_threshold": 1.5}, r"detection\.score_threshold: must lie in 0..1"),
+        ({"delta_scale": [10, 10, 5]}, r"detection\.delta_scale: needs four numbers"),
+        ({"delta_scale": [10, 10, 5, 0]}, r"detection\.delta_scale: needs four numbers"),
+        ({"join_scores": 1}, r"detection\.join_scores: expected bool"),
+        ({"nms": 0.5}, r"detection\.nms: unknown key"),
+        ([], r"detection: expected an object"),
+    ],
+)
+def test_rules_of_a_detector(root: Path, detection: object, where: str) -> None:
+    change(root, lambda m: m.update(detection=detection))
+    with pytest.raises(BundleFormatError, match=where):
+        b.open_bundle(root)
+
+
+def test_a_second_stage_needs_rules(root: Path) -> None:
+    change(root, lambda m: m["graphs"].update(box_refine=m["graphs"]["decoder_step"]))
+    with pytest.raises(BundleFormatError, match="box_refine: needs detection"):
+        b.open_bundle(root)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deixis import drawing, overlay
 from deixis.errors import ImageError
 from deixis.files import check_target, write_atomic
-from deixis.results import Caption, Grounding, Mask, Segment, Trace, Word
+from deixis.results import Caption, DenseCaption, Grounding, Mask, Segment, Trace, Word
 
 SIZES = [(64, 64), (480, 640), (3000, 4000), (6000, 400), (64, 6000), (1, 1), (1, 900)]
 
@@ -158,3 +158,55 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match=r"cannot write .*f: No space left on device"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+share = st.floats(0, 1, width=32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([(600, 800), (800, 800), (1600, 120), (60, 900)]),
+    st.lists(st.tuples(share, share, share, share, st.text("abc ", max_size=30)), max_size=30),
+)
+def test_labels_never_cover_each_other(size: tuple[int, int], objects: list[tuple[float, ...]]) -> None:
+    height, width = size
+    canvas = drawing.Canvas.of(np.zeros((height, width, 3), np.uint8))
+    height, width = canvas.pixels.shape[:2]
+    rects = [
+        (a * width, b * height, (a + (1 - a) * c) * width, (b + (1 - b) * d) * height) for a, b, c, d, _ in objects
+    ]
+    texts = [[f"{i} {text}", str(i)] for i, (*_, text) in enumerate(objects)]
+    already = (width * 0.4, height * 0.4, width * 0.6, height * 0.6)
+    canvas.taken.append(already)
+    placed = drawing.place_labels(canvas, rects, texts)
+    found = [p for p in placed if p is not None]
+    assert len(placed) == len(objects)
+    for i, (place, text) in enumerate(found):
+        assert place[0] >= 0 and place[1] >= 0 and place[2] <= width and place[3] <= height
+        assert not drawing.overlaps(place, [already, *(other for other, _ in found[:i])])
+        assert drawing.text_width(text, canvas.text_px, 600) <= place[2] - place[0]
+    assert canvas.taken == [already, *(place for place, _ in found)]
+
+
+def test_labels_stand_at_their_boxes_while_there_is_room() -> None:
+    canvas = drawing.Canvas.of(np.zeros((800, 800, 3), np.uint8))
+    rects = [(100.0, 300.0, 300.0, 500.0)] * 9 + [(600.0, 600.0, 700.0, 700.0)]
+    placed = drawing.place_labels(canvas, rects, [[f"{i} a red mug", str(i)] for i in range(10)])
+    for (left, top, right, bottom), own in zip(rects, placed, strict=True):
+        assert own is not None
+        assert own[0][0] <= right and own[0][2] >= left and own[0][1] <= bottom and own[0][3] >= top
+    # Where the whole text has no room any more, the number alone may still have some.
+    crowd = drawing.place_labels(canvas, rects[:1] * 40, [["x a red mug beside the bowl", "7"]] * 40)
+    assert any(own is not None and own[1] == "7" for own in crowd) and crowd[-1] is None
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_dense_captions_of_any_size(height: int, width: int) -> None:
+    image = np.full((height, width, 3), 90, np.uint8)
+    boxes = [(width * k / 30, 0.0, width * (k + 3) / 30, height * (k + 1) / 30) for k in range(20)]
+    captions = [DenseCaption(box, "a red mug, left of the bowl", (), 0.9, 0.9) for box in boxes]
+    picture = overlay.draw_dense_captions(image, captions)
+    assert picture.dtype == np.uint8 and 480 <= picture.shape[1] <= 1600
+    assert np.ptp(picture, axis=2).max() > 30 and image.min() == image.max() == 90
+    longer = overlay.draw_dense_captions(image, captions + captions)
+    assert longer.shape[0] > picture.shape[0] > overlay.draw_dense_captions(image, []).shape[0]

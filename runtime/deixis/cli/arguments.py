@@ -47,6 +47,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stream", action="store_true", help="print words as they come")
     sub.set_defaults(run=tasks.caption)
 
+    sub = commands.add_parser("dense-caption", help="find the objects of a picture and describe each")
+    _task(sub)
+    sub.add_argument("--limit", type=_positive, metavar="N", help="describe so many objects at most")
+    sub.add_argument("--min-score", type=_share, metavar="S", help="leave out what scores less, 0 to 1")
+    sub.add_argument(
+        "--join-scores",
+        action=argparse.BooleanOptionalAction,
+        help="let the captions' probabilities join the scores (default: as the bundle says)",
+    )
+    _decoding(sub)
+    sub.set_defaults(run=tasks.dense_caption)
+
     sub = commands.add_parser("refer", help="find the box and mask of phrases")
     _task(sub)
     sub.add_argument("phrases", nargs="+", metavar="PHRASE", help='what to find, such as "the red mug"')
@@ -128,6 +140,13 @@ def _positive(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= value < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def _share(text: str) -> float:
+    (value,) = _floats(text, (1,), "a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 

@@ -1,4 +1,4 @@
-"""caption, refer, segment, trace: one picture, one answer, as text, JSON and overlay."""
+"""caption, dense-caption, refer, segment, trace: one picture, one answer, as text, JSON and overlay."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from deixis.errors import PromptError
 from deixis.files import check_target, write_atomic
 from deixis.image import load_image
 from deixis.options import DecodeOptions
-from deixis.results import Caption, Grounding, Segment, Trace
+from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
 
 if TYPE_CHECKING:
     from deixis.model import Model
     from deixis.scene import Scene
 
 Picture = NDArray[np.uint8]
-Result = Caption | Grounding | Segment | Trace
+Result = Caption | DenseCaption | Grounding | Segment | Trace
 Prompt = dict[str, Any]  # box, points and labels as the scene's methods take them
 
 
@@ -41,6 +41,15 @@ def caption(options: argparse.Namespace) -> int:
         return _stack([overlay.draw_caption(image, result) for result in results])
 
     return _run(options, ask, draw, print_text=not options.stream)
+
+
+def dense_caption(options: argparse.Namespace) -> int:
+    decode = DecodeOptions(max_new_tokens=options.max_new_tokens, beams=options.beams, deadline_ms=options.deadline_ms)
+
+    def ask(scene: Scene) -> list[Result]:
+        return list(scene.dense_captions(options.limit, options.min_score, options.join_scores, decode))
+
+    return _run(options, ask, overlay.draw_dense_captions)
 
 
 def refer(options: argparse.Namespace) -> int:
@@ -91,6 +100,9 @@ def lines_of(result: Result) -> list[str]:
             for word in result.words
         ]
         return [result.text, *places]
+    if isinstance(result, DenseCaption):
+        place = ", ".join(f"{v:.0f}" for v in result.box)
+        return [f"{result.score:.2f}  {result.text}: box {place}"]
     score = "" if result.score is None else f"  score {result.score:.2f}"
     box = "nothing" if result.box is None else ", ".join(f"{v:.0f}" for v in result.box)
     mask = "" if result.mask is None else f"  mask {result.mask.area} px"
@@ -121,7 +133,7 @@ def _run(
         head = {"command": options.command, "image": str(options.image), "width": width, "height": height, **about}
         write_json(options.json, {**head, "results": [result.to_dict() for result in results]})
     if print_text and options.json != "-":
-        print("\n".join(line for result in results for line in lines_of(result)))
+        print("\n".join(line for result in results for line in lines_of(result)) if results else "nothing found")
     return 0
 
 
