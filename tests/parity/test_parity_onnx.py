@@ -13,6 +13,7 @@ LEAST = {
     "sam.npz": 1,
     "features.npz": 1,
     "t5.npz": 5,
+    "bert_text.npz": 4,
     "decode_table.npz": 10,
     "e2e_caption_beam3.npz": 9,
     "e2e_caption_beam3_ctx.npz": 9,
@@ -23,6 +24,10 @@ LEAST = {
     "e2e_loca_greedy.npz": 5,
     "e2e_referring.npz": 5,
     "e2e_trace_teacher_forced.npz": 3,
+    "box_decoder.npz": 27,
+    "e2e_densecap_greedy.npz": 11,
+    "e2e_densecap_greedy_mult.npz": 11,
+    "e2e_densecap_beam_mult.npz": 8,
 }
 
 

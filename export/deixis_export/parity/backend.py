@@ -93,6 +93,50 @@ class TextPass:
     valid: NDArray[np.bool_] | None = None
 
 
+class Detector(Protocol):
+    """The box decoder in its stages, for every picture of a batch: g fused grid, D channels of the pyramid, A places of
+    all levels, P proposals, N detections, K beams. Nothing of it is clipped unless said.
+    """
+
+    def dense(self, features: Floats) -> tuple[list[Floats], Floats, Floats]:
+        """Fused features [B, g, g, C] -> pyramid (maps [B, D, h, w] of P3 to P7), heatmap logits [B, A] and the box of
+        every place [B, A, 4].
+        """
+        ...
+
+    def peaks(self, boxes: Floats, heatmap: Floats) -> tuple[Floats, Floats]:
+        """Boxes and scores of the best places, [B, k, 4] and [B, k]."""
+        ...
+
+    def propose(self, boxes: Floats, scores: Floats) -> tuple[Floats, Floats]:
+        """Suppression of peaks, padded: boxes [B, P, 4] and scores [B, P]."""
+        ...
+
+    def clip(self, boxes: Floats) -> Floats:
+        """Boxes [..., 4] inside the input."""
+        ...
+
+    def refine(self, pyramid: list[Floats], boxes: Floats) -> tuple[Floats, Floats]:
+        """Logits [B, P, 2] and deltas [B, P, 4] of given boxes [B, P, 4]."""
+        ...
+
+    def finish(self, boxes: Floats, scores: Floats, logits: Floats, deltas: Floats) -> tuple[Floats, Floats]:
+        """Detections, boxes [B, N, 4] and scores [B, N], from clipped proposals and what `refine` said of them."""
+        ...
+
+    def detect(self, features: Floats) -> tuple[Floats, Floats]:
+        """The same from fused features [B, g, g, C], all stages chained."""
+        ...
+
+    def join(self, scores: Floats, log_probs: Floats) -> Floats:
+        """Scores of boxes [B, N] joined with those of their captions [B, N]."""
+        ...
+
+    def rank(self, scores: Floats, beam_scores: Floats, count: int) -> tuple[Floats, Ids, Ids]:
+        """The best pairs of box [B, N] and beam [B, N, K]: score, box and beam, each [B, count]."""
+        ...
+
+
 class Backend(Protocol):
     """A runnable PixelLLM.
 
@@ -101,6 +145,11 @@ class Backend(Protocol):
     """
 
     model: PixelLLM | None
+
+    @property
+    def detector(self) -> Detector | None:
+        """None when the model has none."""
+        ...
 
     def encode_images(self, image: Floats, valid_hw: Floats) -> EncodedImages:
         """Padded pictures [B, S, S, 3], RGB 0..255, and their real (height, width) [B, 2]."""
@@ -116,6 +165,10 @@ class Backend(Protocol):
 
     def text_pass(self, visual: Floats, context: Ids | None, tokens: Ids) -> TextPass:
         """Run given tokens [R, L] through the decoder."""
+        ...
+
+    def steps(self, visual: Floats, context: Ids | None, tokens: Ids) -> Floats:
+        """Logits [R, L, V] of the same tokens, one by one through the decoder with caches."""
         ...
 
     def masks(

@@ -15,6 +15,7 @@ from deixis.decoding import Beams, DecodeRules, beam_search, greedy
 from deixis_export.chain import GraphChain, greedy_tokens
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
+from deixis_export.parity.detectors import GraphDetector
 from deixis_export.presets import random_tokenizer_for
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import pixelllm_prompt
@@ -45,6 +46,10 @@ class OnnxBackend:
     def __init__(self, chain: GraphChain) -> None:
         self._chain = chain
 
+    @property
+    def detector(self) -> GraphDetector | None:
+        return None if self._chain.pipeline.manifest.detection is None else GraphDetector(self._chain)
+
     def encode_images(self, image: Floats, valid_hw: Floats) -> EncodedImages:
         maps = self._chain.encode(image, valid_hw)
         return EncodedImages(maps["features"], maps["sam"], None)
@@ -72,6 +77,11 @@ class OnnxBackend:
         out = self._chain.text_pass(cross, np.asarray(tokens))
         valid = None if context is None else cross.encoder_mask > 0.5
         return TextPass(out["features"], out.get("locations"), valid=valid)
+
+    def steps(self, visual: Floats, context: Ids | None, tokens: Ids) -> Floats:
+        cross = self._chain.encode_text(np.asarray(visual, np.float32), context)
+        decoder = self._chain.pipeline.decoder(cross, 1, tokens.shape[1] + 1)
+        return np.stack([decoder.step(ids)[0].copy() for ids in tokens.T], axis=1)
 
     def masks(
         self, images: EncodedImages, image_index: Ids, boxes: Floats, visual: Floats, features: Floats

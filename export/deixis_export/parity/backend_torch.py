@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
+from deixis_export.parity.detectors import TorchDetector
 from deixis_train.models.decoding import beam_search, begin_tokens, greedy
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import pixelllm_prompt
@@ -16,6 +17,10 @@ class TorchBackend:
     def __init__(self, model: PixelLLM) -> None:
         self.model: PixelLLM | None = model.eval()
         self._model = model
+
+    @property
+    def detector(self) -> TorchDetector | None:
+        return None if self._model.box_decoder is None else TorchDetector(self._model.box_decoder)
 
     @torch.inference_mode()
     def encode_images(self, image: Floats, valid_hw: Floats) -> EncodedImages:
@@ -68,6 +73,18 @@ class TorchBackend:
             encoded=encoded.numpy(),
             valid=valid.numpy(),
         )
+
+    @torch.inference_mode()
+    def steps(self, visual: Floats, context: Ids | None, tokens: Ids) -> Floats:
+        text, ids = self._model.text, _ids(tokens)
+        encoded, valid = text.encode(_floats(visual), None if context is None else _ids(context))
+        cross, cache = text.cross_kv(encoded), text.empty_cache(*ids.shape)
+        logits = []
+        for position in range(ids.shape[1]):
+            at = torch.tensor([position])
+            found, _, cache = text.step(ids[:, position : position + 1], at, cache, cross, valid)
+            logits.append(found)
+        return torch.stack(logits, dim=1).numpy()
 
     @torch.inference_mode()
     def masks(

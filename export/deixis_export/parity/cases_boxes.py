@@ -3,96 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from deixis_export.parity.backend import Caption, Floats, Ids
-from deixis_export.parity.context import Context, as_floats, part, rows, scores_of_filled
+from deixis_export.parity.backend import Caption, Detector, Floats, Ids
+from deixis_export.parity.context import Context, as_floats, as_ids, part, rows, scores_of_filled
 from deixis_export.parity.report import CHAIN_TOLERANCE, EXACT, MODULE_TOLERANCE, Array, GoldenFile, Report
-from deixis_train.models.box_decoder import BoxDecoder, DenseMaps, Detections, Proposals
-from deixis_train.models.box_decoder.dense_captions import RankedBeams, rank_beams, score_with_caption
-from deixis_train.models.box_decoder.proposals import clip_boxes, peaks, suppress
+from deixis_train.losses.detection import STRIDES, locations
+from deixis_train.models.box_decoder import BoxDecoder
 from deixis_train.models.box_decoder.roi import roi_align, roi_levels
 from deixis_train.models.decoding import begin_tokens
-from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.prompt_encoder import corner_prompt
 
 LEVELS = 5
 
 
+def detector_of(context: Context) -> Detector:
+    return part(context.backend.detector, "box decoder")
+
+
 def box_decoder(context: Context, file: GoldenFile, report: Report) -> None:
-    """Every stage on the reference's output of the stage before it."""
+    """Every stage on the reference's output of the stage before it; the head on what our pyramid gives.
 
-    def decoder(model: PixelLLM) -> BoxDecoder:
-        return part(model.box_decoder, "box decoder")
+    What graphs keep inside is compared in PyTorch only: RoIAlign, and the level of each box.
+    """
 
-    def given(name: str) -> Tensor:
-        return as_floats(file[name])
+    def given(name: str) -> Floats:
+        return file[name].astype(np.float32)
 
-    def of_levels(name: str) -> Tensor:
-        """Channels-last maps of all levels -> [B, T, C]."""
-        return torch.cat([given(f"{name}{level}").flatten(1, 2) for level in range(LEVELS)], dim=1)
+    def sizes() -> list[tuple[int, int]]:
+        return [file[f"heatmap{level}"].shape[1:3] for level in range(LEVELS)]
 
-    def pyramid() -> list[Tensor]:
-        return [given(f"fpn{level}").permute(0, 3, 1, 2) for level in range(LEVELS)]
+    def pyramid() -> list[Floats]:
+        return [np.ascontiguousarray(np.moveaxis(given(f"fpn{level}"), 3, 1)) for level in range(LEVELS)]
 
-    def maps() -> DenseMaps:
-        return DenseMaps(pyramid(), of_levels("heatmap")[..., 0], of_levels("box_reg"))
+    def of_levels(name: str) -> Floats:
+        """Channels-last maps of all levels -> [B, A, C]."""
+        maps = [given(f"{name}{level}") for level in range(LEVELS)]
+        return np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in maps], axis=1)
 
-    def on_level(flat: Tensor, name: str) -> Tensor:
-        """The part [B, T, C] -> [B, h, w, C] that the array `name` holds of all levels."""
-        level = int(name[-1])
-        sizes = [file[f"{name[:-1]}{i}"].shape[1] * file[f"{name[:-1]}{i}"].shape[2] for i in range(LEVELS)]
-        return flat.split(sizes, dim=1)[level].reshape(file[name].shape)
+    def on_level(flat: Floats, name: str) -> Floats:
+        """The part [B, A, C] -> [B, h, w, C] that the array `name` holds of all levels."""
+        level, ends = int(name[-1]), np.cumsum([height * width for height, width in sizes()])
+        start = ends[level - 1] if level else 0
+        return flat[:, start : ends[level]].reshape(file[name].shape)
 
-    def found(model: PixelLLM) -> Detections:
-        proposals = Proposals(given("proposal_boxes_clipped"), given("proposal_scores"))
-        return decoder(model).finish(proposals, given("roi_class_logits"), given("roi_box_deltas"))
+    strides = context.values.get("box_decoder", {}).get("strides", STRIDES)
+    places, steps, _ = (x.numpy() for x in locations(sizes(), strides))
+    steps = steps[:, None]
 
-    def check(name: str, compute: Callable[[PixelLLM], Tensor], tolerance: float = MODULE_TOLERANCE) -> None:
-        report.check(file, name, context.in_torch(compute), tolerance)
+    def boxes_of(regression: Floats) -> Floats:
+        """Distances [B, A, 4] in strides -> boxes [B, A, 4]."""
+        return np.concatenate([places - regression[..., :2] * steps, places + regression[..., 2:] * steps], axis=-1)
 
-    check("image_shape", lambda m: torch.full(file["image_shape"].shape, float(decoder(m).image_size)), EXACT)
+    def regression_of(boxes: Floats) -> Floats:
+        reach: Floats = np.concatenate([places - boxes[..., :2], boxes[..., 2:] - places], axis=-1)
+        return (reach / steps).astype(np.float32)
+
+    def check(name: str, compute: Callable[[Detector], Array], tolerance: float = MODULE_TOLERANCE) -> None:
+        report.check(file, name, lambda: compute(detector_of(context)), tolerance)
+
+    def in_torch(name: str, compute: Callable[[BoxDecoder], Tensor], tolerance: float = MODULE_TOLERANCE) -> None:
+        report.check(
+            file, name, context.in_torch(lambda model: compute(part(model.box_decoder, "box decoder"))), tolerance
+        )
+
+    far = np.full((1, 4), np.inf, np.float32)
+    check("image_shape", lambda d: np.full(file["image_shape"].shape, d.clip(far)[0, 0]), EXACT)
+    first = cache(lambda: detector_of(context).dense(given("features")))
     for level in range(LEVELS):
         name = f"fpn{level}"
-        check(name, lambda m, level=level: decoder(m).pyramid(given("features"))[level].permute(0, 2, 3, 1))
+        check(name, lambda _, level=level: np.moveaxis(first()[0][level], 1, 3))
     for level in range(LEVELS):
         name = f"heatmap{level}"
-        check(name, lambda m, name=name: on_level(decoder(m).head(pyramid())[0][..., None], name))
+        check(name, lambda _, name=name: on_level(first()[1][..., None], name))
         name = f"box_reg{level}"
-        check(name, lambda m, name=name: on_level(decoder(m).head(pyramid())[1], name))
+        check(name, lambda _, name=name: on_level(regression_of(first()[2]), name))
 
-    def found_peaks(model: PixelLLM) -> tuple[Tensor, Tensor]:
-        return peaks(decoder(model).boxes(maps()), maps().heatmap, decoder(model).config.pre_nms_test)
+    def found_peaks(detector: Detector) -> tuple[Floats, Floats]:
+        return detector.peaks(boxes_of(of_levels("box_reg")), of_levels("heatmap")[..., 0])
 
-    check("peak_scores", lambda m: found_peaks(m)[1])
-    check("peak_boxes", lambda m: as_floats(in_order_of(found_peaks(m)[0].numpy(), file["peak_boxes"])))
-
-    def proposals(model: PixelLLM) -> Proposals:
-        config = decoder(model).config
-        return suppress(given("peak_boxes"), given("peak_scores"), config.proposal_iou, config.post_nms_test)
-
-    check("proposal_boxes", lambda m: proposals(m).boxes)
-    check("proposal_scores", lambda m: proposals(m).scores)
-    check("proposal_boxes_clipped", lambda m: clip_boxes(given("proposal_boxes"), decoder(m).image_size))
+    check("peak_scores", lambda d: found_peaks(d)[1])
+    check("peak_boxes", lambda d: in_order_of(found_peaks(d)[0], file["peak_boxes"]))
+    check("proposal_boxes", lambda d: d.propose(given("peak_boxes"), given("peak_scores"))[0])
+    check("proposal_scores", lambda d: d.propose(given("peak_boxes"), given("peak_scores"))[1])
+    check("proposal_boxes_clipped", lambda d: d.clip(given("proposal_boxes")))
 
     def first_boxes() -> Tensor:
-        return given("proposal_boxes_clipped")[:, : file["roi_level_first6"].shape[1]]
+        return as_floats(file["proposal_boxes_clipped"])[:, : file["roi_level_first6"].shape[1]]
 
-    check("roi_level_first6", lambda m: roi_levels(first_boxes(), decoder(m).strides), EXACT)
-    check(
-        "roi_align_first6",
-        lambda m: roi_align(pyramid(), first_boxes(), given("roi_level_first6").long(), decoder(m).strides),
-    )
-    check("roi_class_logits", lambda m: decoder(m).roi(pyramid(), given("proposal_boxes_clipped"))[0])
-    check("roi_box_deltas", lambda m: decoder(m).roi(pyramid(), given("proposal_boxes_clipped"))[1])
-    check("detection_boxes", lambda m: found(m).boxes)
-    check("detection_scores", lambda m: found(m).scores)
-    check("detection_classes", lambda m: torch.ones_like(found(m).scores), EXACT)  # there is one class
-    check("num_detections", lambda m: found(m).num_detections, EXACT)
+    def aligned(decoder: BoxDecoder) -> Tensor:
+        levels = as_ids(file["roi_level_first6"])
+        return roi_align([as_floats(x) for x in pyramid()], first_boxes(), levels, decoder.strides)
+
+    in_torch("roi_level_first6", lambda d: roi_levels(first_boxes(), d.strides), EXACT)
+    in_torch("roi_align_first6", aligned)
+    judged = cache(lambda: detector_of(context).refine(pyramid(), given("proposal_boxes_clipped")))
+    check("roi_class_logits", lambda _: judged()[0])
+    check("roi_box_deltas", lambda _: judged()[1])
+
+    def found(detector: Detector) -> tuple[Floats, Floats]:
+        proposals = given("proposal_boxes_clipped"), given("proposal_scores")
+        return detector.finish(*proposals, given("roi_class_logits"), given("roi_box_deltas"))
+
+    check("detection_boxes", lambda d: found(d)[0])
+    check("detection_scores", lambda d: found(d)[1])
+    check("detection_classes", lambda d: np.ones_like(found(d)[1]), EXACT)  # there is one class
+    check("num_detections", lambda d: (found(d)[1] > 0).sum(axis=1), EXACT)
 
 
 def in_order_of(boxes: Array, reference: Array) -> Array:
@@ -112,10 +131,7 @@ def in_order_of(boxes: Array, reference: Array) -> Array:
 
 
 class DenseChain:
-    """One run from pictures to described boxes, computed as far as it is asked for. Arrays are [B, N, ...].
-
-    Exported graphs have no detector: there the reference's boxes prompt, and what depends on scores is torch-only.
-    """
+    """One run from pictures to described boxes, computed as far as it is asked for. Arrays are [B, N, ...]."""
 
     def __init__(self, context: Context, file: GoldenFile) -> None:
         self._context, self._file = context, file
@@ -128,17 +144,15 @@ class DenseChain:
         return array.reshape(*self.shape, *array.shape[1:])
 
     @cached_property
-    def found(self) -> Detections:
+    def _found(self) -> tuple[Floats, Floats]:
+        """Boxes [B, N, 4] and scores [B, N] of the detector, in its own order."""
         features = self._context.images.features
         assert features is not None
-        with torch.inference_mode():
-            return part(self._context.model.box_decoder, "box decoder")(as_floats(features))
+        return detector_of(self._context).detect(features)
 
     @property
     def prompt_boxes(self) -> Floats:
-        if self._context.backend.model is None:
-            return self._file["out_prompt_boxes"]
-        return self.found.boxes.numpy()
+        return self._found[0]
 
     @property
     def corner_points(self) -> Array:
@@ -172,17 +186,17 @@ class DenseChain:
         return self._context.backend.caption(self._visual_rows, rows(self.context_ids), length, decoding)
 
     @cached_property
-    def _ranked(self) -> RankedBeams | None:
+    def _ranked(self) -> tuple[Floats, Ids, Ids] | None:
         """What came of joining scores with those of beams; None where the order of the boxes stays."""
         if not self._joins_scores or self._beams == 1:
             return None
-        return rank_beams(self.found.scores, as_floats(self.grid(self.caption.scores)), self.shape[1])
+        return detector_of(self._context).rank(self._found[1], self.grid(self.caption.scores), self.shape[1])
 
     def _picked(self, array: Array) -> Array:
         """Values of boxes [B, N, ...] in the order of the outcome."""
         if self._ranked is None:
             return array
-        return array[np.arange(len(array))[:, None], self._ranked.box.numpy()]
+        return array[np.arange(len(array))[:, None], self._ranked[1]]
 
     @property
     def visual(self) -> Array:
@@ -193,27 +207,27 @@ class DenseChain:
         tokens = self._picked(self.grid(self.caption.tokens))
         if self._ranked is None:
             return tokens[:, :, -1]
-        return np.take_along_axis(tokens, self._ranked.beam.numpy()[:, :, None, None], axis=2)[:, :, 0]
+        return np.take_along_axis(tokens, self._ranked[2][:, :, None, None], axis=2)[:, :, 0]
 
     @property
     def boxes(self) -> Array:
-        return self._picked(self.found.boxes.numpy())
+        return self._picked(self.prompt_boxes)
 
     @property
     def scores(self) -> Array:
         if self._ranked is not None:
-            return self._ranked.scores.numpy()
+            return self._ranked[0]
         if self._joins_scores:
-            return score_with_caption(self.found.scores, as_floats(self.grid(self.caption.scores)[:, :, 0])).numpy()
-        return self.found.scores.numpy()
+            return detector_of(self._context).join(self._found[1], self.grid(self.caption.scores)[:, :, 0])
+        return self._found[1]
 
 
 def dense_chain(context: Context, file: GoldenFile, report: Report) -> None:
     """Every output of one end-to-end file of dense captioning."""
     run = DenseChain(context, file)
     computed = {
-        "out_prompt_boxes": (context.torch_only(lambda: run.prompt_boxes), CHAIN_TOLERANCE),
-        "out_prompt_point_coords": (context.torch_only(lambda: run.corner_points), CHAIN_TOLERANCE),
+        "out_prompt_boxes": (lambda: run.prompt_boxes, CHAIN_TOLERANCE),
+        "out_prompt_point_coords": (lambda: run.corner_points, CHAIN_TOLERANCE),
         "out_context_tokens": (context.torch_only(lambda: run.context_ids), EXACT),
         "out_begin_tokens": (context.torch_only(lambda: run.begin), EXACT),
         "out_visual_features": (lambda: run.visual, CHAIN_TOLERANCE),
