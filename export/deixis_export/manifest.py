@@ -96,7 +96,7 @@ def detection_spec(
 
 
 def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskSpec]:
-    """Defaults with a checkpoint's own settings over them. Raises ExportError for unknown tasks or fields."""
+    """Defaults with a checkpoint's own settings over them. Raises ExportError for unknown ones and too long ones."""
     tasks = default_tasks(config)
     fields = {f.name for f in dataclasses.fields(TaskSpec)}
     for name, values in overrides.items():
@@ -109,17 +109,18 @@ def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]
                 f"task {name!r}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}"
             )
         tasks[name] = dataclasses.replace(tasks[name], **{k: v for k, v in values.items() if k in fields})
+        longest, positions = max(tasks[name].max_length, tasks[name].instruction_tokens), config.text.max_positions
+        if positions is not None and longest > positions:
+            raise ExportError(f"task {name!r} has texts of {longest} tokens, the text head only {positions} positions")
     return tasks
 
 
 def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimRange]:
-    """Ranges of the symbolic dimensions, from what the tasks ask for. Raises ExportError when that is too long."""
+    """Ranges of the symbolic dimensions, from what the tasks ask for."""
     config = model.config
     context = max(task.instruction_tokens for task in tasks.values())
     length = max(task.max_length for task in tasks.values())
     positions = config.text.max_positions or 4 * length
-    if (longest := max(length, context)) > positions:
-        raise ExportError(f"a task has texts of {longest} tokens, but the text head has {positions} positions only")
     beams = max(task.beams for task in tasks.values())
     queries = config.prompt_adapter.num_outputs if config.prompt_fuse == "sparse" else model.grid * model.grid
     proposals = config.box_decoder.post_nms_test if config.box_decoder else 0

@@ -27,6 +27,7 @@ LEAST = {
     "prompt_adapter.npz": 2,
     "visual_projection.npz": 1,
     "t5.npz": 12,
+    "bert_text.npz": 6,
     "point_predictor.npz": 11,
     "mask_decoder.npz": 5,
     "decode_table.npz": 10,
@@ -48,7 +49,6 @@ LEAST = {
     "metrics.npz": 87,
     "data_prep.npz": 11,
 }
-NOT_COVERED = {"bert_text.npz"}
 
 
 def silent(line: str) -> None:
@@ -89,7 +89,7 @@ def test_every_covered_file_contributes(report: Report, file: str, least: int) -
 
 
 def test_what_is_not_compared_is_said(report: Report) -> None:
-    assert {line.file for line in report.lines if line.status == "not covered yet"} == NOT_COVERED
+    assert not [line for line in report.lines if line.status in ("not covered yet", "unknown file")]
     left = {(line.file, line.name) for line in report.lines if line.status == "not compared"}
     # Point grids that no configuration uses.
     assert left == {("prompt_encoder.npz", "grid_side3_offset"), ("prompt_encoder.npz", "grid_donut4")}
@@ -144,6 +144,7 @@ def test_a_wrong_golden_value_fails(copy: Path) -> None:
         ("lbm.npz", "case3/pred"),
         ("metrics.npz", "ln/trace_xyt"),
         ("data_prep.npz", "case1/bbox"),
+        ("bert_text.npz", "params/transformer/encoder/layer.1/attention/self/value/kernel"),
     ],
 )
 def test_a_corrupted_input_of_a_loss_or_metric_fails(copy: Path, file: str, array: str) -> None:

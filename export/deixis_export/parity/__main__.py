@@ -12,6 +12,7 @@ import fnmatch
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from deixis_export.parity.backend import Backend
@@ -41,7 +42,7 @@ def compare(directory: Path, through: str = "torch", emit: Callable[[str], None]
     report = Report(emit)
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(_open_backend(through, model)) if model is not None else None
-        _compare_files(Context(directory, values, backend), report)
+        _compare_files(Context(directory, values, backend, partial(_open_backend, through)), report)
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ INPUTS = "preprocess.npz"  # pictures and padding masks of the encoders and of e
 OPTIONAL_PARTS = ("point_predictor", "mask_decoder", "mask_adapter", "box_decoder")
 
 Part = TypeVar("Part")
+OpenBackend = Callable[[PixelLLM], AbstractContextManager[Backend]]
 
 
 class BadDirectory(Exception):
@@ -66,10 +68,13 @@ def load_model(directory: Path, config: PixelLLMConfig) -> PixelLLM | None:
 class Context:
     """What every case needs. Properties raise Absent when the directory lacks what they are made from."""
 
-    def __init__(self, directory: Path, values: dict[str, Any], backend: Backend | None) -> None:
+    def __init__(
+        self, directory: Path, values: dict[str, Any], backend: Backend | None, open_backend: OpenBackend
+    ) -> None:
         self.directory = directory
         self.values = values
         self._backend = backend
+        self._open_backend = open_backend
         self._files: dict[str, GoldenFile] = {}
 
     def open(self, name: str) -> GoldenFile:
@@ -82,6 +87,11 @@ class Context:
         if self._backend is None:
             raise Absent(f"no file {PARAMS}")
         return self._backend
+
+    def open_backend(self, model: PixelLLM) -> AbstractContextManager[Backend]:
+        """The kind of thing that is being checked, with another model than the directory's own."""
+        _ = self.backend
+        return self._open_backend(model)
 
     @property
     def model(self) -> PixelLLM:
