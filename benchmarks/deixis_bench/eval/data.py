@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deixis_train.data.formats import open_source
+from deixis_train.data.formats import FILE_OPTIONS, open_source
 from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.samples import Instance, Row, Sample
 from deixis_train.evaluation.errors import EvaluationError
 from deixis_train.evaluation.tasks import Asked
-
-PATHS = ("sizes", "splits")  # options of readers that are files
 
 
 @dataclass(frozen=True)
@@ -117,5 +115,5 @@ def reader_options(pairs: Sequence[str], split: str | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name or not value:
             raise EvaluationError(f"--option {pair!r} is not name=value")
-        options[name] = Path(value) if name in PATHS else value
+        options[name] = Path(value) if name in FILE_OPTIONS else value
     return options

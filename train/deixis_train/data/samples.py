@@ -16,7 +16,8 @@ Box = tuple[float, float, float, float]
 Rle = dict[str, Any]  # compressed COCO run lengths: {"size": [h, w], "counts": str}
 
 # Which losses a source's rows bear (section 12). "text": the decoder learns to write the text. "point": positions learn
-# where they point. "mask": the referring mask. "proposal": instances train the box decoder.
+# where they point. "mask": the referring mask. "proposal": the rows' boxes train the box decoder, and captions are
+# learned on what it proposes.
 Loss = Literal["text", "point", "mask", "proposal"]
 
 

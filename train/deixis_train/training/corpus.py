@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deixis_train.data.batches import Example
-from deixis_train.data.formats import KINDS, open_source
+from deixis_train.data.formats import FILE_OPTIONS, open_source
 from deixis_train.data.formats.errors import DataError
 from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.preparation.geometry import place_fitted
@@ -147,12 +146,7 @@ class Corpus:
 
 def _options(spec: SourceSpec, data: Path) -> dict[str, Any]:
     """The reader's own options; those that are files lie in the data folder like everything else."""
-    reader = KINDS.get(spec.kind)
-    if reader is None:
-        return dict(spec.options)  # `open_source` says what is wrong
-    takes = inspect.signature(reader.__init__).parameters
-    files = {name for name, parameter in takes.items() if "Path" in str(parameter.annotation)}
-    return {name: data / value if name in files else value for name, value in spec.options.items()}
+    return {name: data / value if name in FILE_OPTIONS else value for name, value in spec.options.items()}
 
 
 def _owners(sample: Sample, grid: int, size: int) -> np.ndarray:

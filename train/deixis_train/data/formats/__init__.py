@@ -28,6 +28,8 @@ KINDS: dict[str, type[Reader]] = {
     "image_text": ImageText,
     "llava": Conversations,
 }
+# Options of readers that are files: recipes name them below the data folder, as they do a source's own files.
+FILE_OPTIONS = frozenset({"sizes", "splits"})
 _COMMON = {"self", "files", "images", "name", "losses", "instances", "max_skipped", "common"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco import entries_of, read_coco
+from deixis_train.data.formats.coco_document import entries_of, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.formats.refer import group_by_picture

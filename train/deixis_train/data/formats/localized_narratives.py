@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco import read_coco
+from deixis_train.data.formats.coco_document import read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import check_file, read_lines
 from deixis_train.data.formats.reader import Reader

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from deixis_train.data.formats.coco_document import read_instances
 from deixis_train.data.formats.errors import DataError, Skips
 from deixis_train.data.formats.json_files import check_file
 from deixis_train.data.formats.pictures import Pictures
@@ -77,6 +78,4 @@ class Reader(ABC):
     def _joined(self, skips: Skips) -> dict[str, tuple[Instance, ...]] | None:
         if self._instances is None:
             return None
-        from deixis_train.data.formats.coco import read_instances  # coco's readers are Readers themselves
-
         return read_instances(self._instances, skips)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco import Canvas, Entry, Numbered, entries_of, open_canvas, read_coco
+from deixis_train.data.formats.coco_document import Canvas, Entry, Numbered, entries_of, open_canvas, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.masks import run_lengths
 from deixis_train.data.formats.reader import Reader

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco import entries_of, open_canvas, read_coco
+from deixis_train.data.formats.coco_document import entries_of, open_canvas, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import check_file, read_array, read_document, starts_with
 from deixis_train.data.formats.reader import Reader
