@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from deixis_train.data.samples import Instance, Sample
+from deixis_train.losses.boxes import box_loss
 from deixis_train.models.config import EVA02_SIZES, PRESETS
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.auxiliary import Helpers, look_loss, tapped
-from deixis_train.training.boxes import box_loss
 from deixis_train.training.cells import Names, cell_losses, cell_owners, meant_cells, thing_table
 from deixis_train.training.drop_path import add_drop_path
 from deixis_train.training.loop import Plan

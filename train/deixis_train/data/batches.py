@@ -66,17 +66,13 @@ def pad_rows(arrays: list[Ints], width: int) -> Ints:
     return out
 
 
-def collate(
-    examples: list[Example], source: str, losses: frozenset[Loss], features: Tensor | None = None
-) -> Batch:
+def collate(examples: list[Example], source: str, losses: frozenset[Loss], features: Tensor | None = None) -> Batch:
     """Stack examples of one source. `features`: cached fused features in the order of the examples."""
     if not examples:
         raise ValueError(f"source {source!r}: an empty batch")
     longest = max(e.text.shape[1] for e in examples)
     context = max(e.context.shape[1] for e in examples)
-    points = np.concatenate(
-        [np.pad(e.points, ((0, 0), (0, longest - e.points.shape[1]), (0, 0))) for e in examples]
-    )
+    points = np.concatenate([np.pad(e.points, ((0, 0), (0, longest - e.points.shape[1]), (0, 0))) for e in examples])
     images = None
     if features is None:
         if any(e.image is None for e in examples):

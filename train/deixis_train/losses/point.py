@@ -19,7 +19,7 @@ def point_loss(
 
     Args:
         pred: (x, y) [..., L, P, 2], px of the network input (`point_head.to_pixels`).
-        target: [..., L, P, 2], px of the network input; `corners_of_boxes` gives it from boxes.
+        target: [..., L, P, 2], px of the network input: the corners of the box of what each position means.
         pred_valid: [..., L] bool or 0/1, positions that are read (`point_head.valid_tokens`).
         target_valid: [..., L] bool or 0/1, positions that have a truth.
         kind: absolute or squared differences.
@@ -39,14 +39,3 @@ def point_loss(
     error = difference.square() if kind == "l2" else difference.abs()
     points, coordinates = target.shape[-2:]
     return error.sum() / (points * coordinates * counts.sum().clamp(min=1))
-
-
-def corners_of_boxes(boxes: Tensor) -> Tensor:
-    """XYXY boxes [..., 4] as the two points (x0, y0), (x1, y1) [..., 2, 2] that supervise a position."""
-    return boxes.unflatten(-1, (2, 2))
-
-
-def tile_boxes(boxes: Tensor, length: int) -> Tensor:
-    """Targets of referring: the corners of the box of each row [..., 4] at every position, [..., length, 2, 2]."""
-    corners = corners_of_boxes(boxes)[..., None, :, :]
-    return corners.expand(*boxes.shape[:-1], length, 2, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 PAD_ID = 0
@@ -36,10 +35,3 @@ def text_loss(
     of_others = (log_probs.sum(dim=-1) - of_label) / (log_probs.shape[-1] - 1)
     total = -((1 - smoothing) * of_label + smoothing * of_others).sum()
     return total / counts.sum().clamp(min=1)
-
-
-def least_text_loss(vocabulary: int, smoothing: float = 0.1) -> float:
-    """The entropy of a smoothed target: `text_loss` of a perfect model, to subtract when a curve should end at 0."""
-    target = torch.full((vocabulary,), smoothing / (vocabulary - 1), dtype=torch.float64)
-    target[0] = 1 - smoothing
-    return float(torch.special.entr(target).sum())

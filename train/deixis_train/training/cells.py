@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deixis_train.data.samples import Instance, Sample
-from deixis_train.training.boxes import box_loss, iou
+from deixis_train.losses.boxes import box_loss, paired_iou
 
 OCCUPIED_WEIGHT = 5.0
 # A cell belongs to the thing that covers most of it, if that is more than this share of the cell.
@@ -158,5 +158,5 @@ def cell_figures(outputs: tuple[Tensor, ...], occupied: Tensor, targets: Tensor)
     return {
         "kind_right": (kinds[:, 1:].argmax(-1) == wanted[:, 0]).float().mean(),
         "colour_right": (colours.argmax(-1) == wanted[:, 1]).float().mean(),
-        "box_right": (iou(boxes, wanted[:, 2:])[0] > 0.5).float().mean(),
+        "box_right": (paired_iou(boxes, wanted[:, 2:])[0] > 0.5).float().mean(),
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deixis_train.data.batches import Batch
+from deixis_train.losses.boxes import box_loss, paired_iou
 from deixis_train.losses.mask import mask_loss
 from deixis_train.losses.point import point_loss
 from deixis_train.losses.text import text_loss
@@ -24,7 +25,6 @@ from deixis_train.models.point_head import points_to_box, to_pixels, valid_token
 from deixis_train.models.preprocess import padding_mask
 from deixis_train.models.prompt_encoder import pixelllm_prompt
 from deixis_train.training.auxiliary import Helpers, look_loss, match_loss, tapped
-from deixis_train.training.boxes import box_loss, iou
 from deixis_train.training.cells import cell_figures, cell_losses
 from deixis_train.training.features import normalize_small
 from deixis_train.training.flash import fused_encoder
@@ -263,5 +263,5 @@ def _referring_figures(locations: Tensor, batch: Batch, refer: Tensor) -> Terms:
         return {}
     valid_hw = batch.valid_hw[batch.picture]
     target = _fractions(batch.boxes[:, None].expand(-1, batch.text.shape[1], -1), valid_hw)
-    ratio, _ = iou(locations.flatten(-2)[last], target[last])
+    ratio, _ = paired_iou(locations.flatten(-2)[last], target[last])
     return {"P@0.5": (ratio > 0.5).float().mean(), "IoU": ratio.mean()}

@@ -59,7 +59,7 @@ def choose_trained(model: PixelLLM, parts: Sequence[str], *, fixed: Sequence[str
     trained: dict[str, nn.Parameter] = {}
     for part in parts:
         for name, parameter in part_parameters(model, part):
-            if not name.startswith(tuple(fixed) or ("\0",)):
+            if not name.startswith(tuple(fixed)):
                 parameter.requires_grad_(True)
                 trained[name] = parameter
     return trained

@@ -25,7 +25,6 @@ from deixis_train.training.initial import start
 from deixis_train.training.loop import restore, run_stage
 from deixis_train.training.micro import Feed
 from deixis_train.training.objectives import Objective
-from deixis_train.training.optim import part_parameters
 from deixis_train.training.recipe import Recipe, RecipeError, StageSpec
 from deixis_train.training.state import StageState
 from deixis_train.training.vocabulary import CachedTokenizer
@@ -188,8 +187,3 @@ def _write_checkpoint(
         frozen_from=sam_file if omit else None,
     )
     return folder
-
-
-def parameters_that_learn(model: PixelLLM, stage: StageSpec) -> int:
-    """How many numbers a stage trains, helpers aside."""
-    return sum(p.numel() for part in stage.train for _, p in part_parameters(model, part))
