@@ -14,7 +14,9 @@ from deixis_train.loaders.flax import load_flax, name_table
 from deixis_train.losses.text import text_loss
 from deixis_train.models.bert_text import BertText
 from deixis_train.models.config import PRESETS, BertTextConfig, PixelLLMConfig
+from deixis_train.models.decoding import begin_tokens, greedy, zero_after_end
 from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.training.optim import choose_trained
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "pixelllm" / "bert_text.npz"
 CONFIG = dataclasses.replace(
@@ -134,6 +136,33 @@ def test_every_parameter_learns(golden: dict[str, np.ndarray]) -> None:
     learning = [name for name, p in model.text.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-7]
     idle = {name for name, _ in model.text.named_parameters()} - set(learning)
     assert all(name.endswith("key.bias") for name in idle)
+
+
+def test_it_is_trained_in_full_and_learns_texts() -> None:
+    """Section 13. Two prompts, two texts: after training, greedy decoding says them."""
+    torch.manual_seed(0)
+    begin, end = 7, 8
+    model = PixelLLM(CONFIG)
+    assert set(choose_trained(model, ["text"])) == {f"text.{name}" for name, _ in model.text.named_parameters()}
+    model.train(False)
+    visual, context = torch.randn(2, 6, 32), torch.tensor([[20, 21, end, 0], [20, end, 0, 0]])
+    ids = torch.tensor([[begin, 30, 31, 32, 33, end], [begin, 40, 31, 50, end, 0]])
+    optimizer = torch.optim.AdamW(model.text.parameters(), lr=3e-3)
+    for _ in range(80):
+        logits, _ = model.text.decode(ids, *model.text.encode(visual, context))
+        assert logits is not None
+        loss = text_loss(logits, ids, smoothing=0.0, end_id=end)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    encoded, valid = model.text.encode(visual, context)
+
+    def logits_fn(tokens: Tensor, position: int) -> Tensor:
+        return model.text.vocabulary_head(model.text.decode(tokens, encoded, valid)[1][:, position])
+
+    tokens, _ = greedy(logits_fn, begin_tokens(2, 8, begin, end), end)
+    assert zero_after_end(tokens, end)[:, :6].tolist() == ids.tolist()
 
 
 def test_dropout_acts_in_training_only(golden: dict[str, np.ndarray], model: PixelLLM) -> None:

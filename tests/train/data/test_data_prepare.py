@@ -71,6 +71,19 @@ def test_an_evaluated_region(tokenizer: Tokenizer) -> None:
     assert not example.points[0, [0, 4]].any() and not example.points[1, 2:].any()
 
 
+def test_special_ids_of_another_text_head(tokenizer: Tokenizer) -> None:
+    """Where BOS is not PAD, it is no word either, neither for a box nor for a narration's utterances."""
+    said = Utterance("red mug", (0.3, 0.3), (0.1, 0.1, 0.5, 0.5))
+    box, spoken = Row("red mug", box=MUG), Row("red mug", utterances=(said,))
+    context = {"instructions": ("photo",), "begin_id": 51, "end_id": 52}
+    example = prepared(tokenizer, sample(box, spoken), **context)
+    assert example.text.tolist() == [[51, *ids("red mug"), 52]] * 2
+    assert example.context.tolist() == [[*ids("photo"), 52]] * 2
+    plain = prepared(tokenizer, sample(box, spoken))
+    np.testing.assert_array_equal(example.points, plain.points)
+    assert example.points[:, 1:3].any(-1).all() and not example.points[:, [0, 3]].any()
+
+
 def test_a_referring_expression_is_asked_for_and_given(tokenizer: Tokenizer) -> None:
     example = prepared(tokenizer, sample(Row("red mug", box=MUG)), referring=REFERRING, instructions=("photo",))
     assert example.context.tolist() == [[*ids("where is red mug"), 1]]

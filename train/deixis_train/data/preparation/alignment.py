@@ -84,14 +84,20 @@ def align_by_text(text: str, ends: Sequence[int], utterances: Sequence[Utterance
 
 
 def points_of_tokens(
-    tokens: ArrayLike, owners: ArrayLike, utterances: Sequence[Utterance], width: int, height: int
+    tokens: ArrayLike,
+    owners: ArrayLike,
+    utterances: Sequence[Utterance],
+    width: int,
+    height: int,
+    special: Sequence[int] = (PAD, EOS),
 ) -> Floats:
     """Corners that each position points at (section 14.1).
 
     Args:
-        tokens: [L] ids: BOS = PAD = 0, EOS = 1.
+        tokens: [L] ids.
         owners: [n] utterance of each token that is a word, -1 for none, in order.
         width, height: px of the stored picture.
+        special: ids that are no words.
 
     Returns:
         float32 [L, 4]: the utterance's box XYXY in whole px of the stored picture, clipped to it; zeros at positions
@@ -100,7 +106,7 @@ def points_of_tokens(
     ids = np.asarray(tokens)
     owners = np.asarray(owners, np.int64)
     points = np.zeros((len(ids), 4), np.float32)
-    words = np.flatnonzero((ids != PAD) & (ids != EOS))
+    words = np.flatnonzero(~np.isin(ids, special))
     placed = owners >= 0
     if placed.any():
         boxes = np.array([u.box for u in utterances], np.float32)[owners[placed]]

@@ -54,6 +54,7 @@ class Preparation:
     prompt_jitter: in training each side of a prompt's box moves by up to this share of the box's width or height.
     masks: decode the rows' masks. Texts then always have L positions, because the mask adapter reads features at
         padding too (section 9); otherwise they are padded to the longest of the picture.
+    begin_id, end_id: BOS and EOS of the text head; PAD is 0 for all of them.
     alignment: of narrations, see `alignment.py`. "text" falls back on "rank" for a narration whose utterances do not
         spell the caption.
     """
@@ -71,6 +72,8 @@ class Preparation:
     prompt_jitter: float = 0.0
     masks: bool = False
     alignment: Alignment = "rank"
+    begin_id: int = PAD
+    end_id: int = EOS
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.text_length < 2 or self.context_length < 0:
@@ -103,7 +106,7 @@ class Preparation:
 
         Args:
             image: the stored picture, RGB uint8 [height, width, 3], or None where features are cached.
-            tokenizer: with BOS = PAD = 0 and EOS = 1, which its own post-processing need not add.
+            tokenizer: its own post-processing is not used.
             training: augment and draw; otherwise the whole picture with all rows.
 
         Returns:
@@ -173,13 +176,15 @@ class Preparation:
     ) -> tuple[Ints, Floats]:
         """Ids [K, L] and the corners that they point at [K, L, 4], px of the input."""
         encodings = [tokenizer.encode(row.text.strip(), add_special_tokens=False) for row in rows]
-        ids = _padded([[PAD, *encoding.ids, EOS] for encoding in encodings], self.text_length, fixed=self.masks)
-        points = np.zeros((*ids.shape, 4), np.float32)
+        ids = _padded(
+            [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings], self.text_length, fixed=self.masks
+        )
+        points, special = np.zeros((*ids.shape, 4), np.float32), (PAD, self.begin_id, self.end_id)
         for k, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
-            words = (ids[k] != PAD) & (ids[k] != EOS)
+            words = ~np.isin(ids[k], special)
             if row.utterances:
                 owners = self._owners(row, [end for _, end in encoding.offsets], int(words.sum()))
-                stored = points_of_tokens(ids[k], owners, row.utterances, sample.width, sample.height)
+                stored = points_of_tokens(ids[k], owners, row.utterances, sample.width, sample.height, special)
                 placed = (stored != 0).any(-1)
                 points[k, placed] = placement.place_boxes(stored[placed])
             elif row.box is not None:
@@ -195,7 +200,9 @@ class Preparation:
 
     def _contexts(self, texts: list[str], tokenizer: TextEncoder) -> Ints:
         # T5's own tokenizer ignores white space at the ends, others make a token of it
-        sequences = [[*tokenizer.encode(t.strip(), add_special_tokens=False).ids, EOS] if t else [] for t in texts]
+        sequences = [
+            [*tokenizer.encode(t.strip(), add_special_tokens=False).ids, self.end_id] if t else [] for t in texts
+        ]
         return _padded(sequences, self.context_length)
 
     def _prompts(self, rows: tuple[Row, ...], placement: Placement, rng: np.random.Generator, training: bool) -> Floats:
