@@ -33,12 +33,12 @@ class Sizes:
     S: int
     T: int
     L: int
-    O: int  # noqa: E741
     position: int = 3
+    O: int = 6  # noqa: E741
 
 
-GOLDEN = Sizes(B=1, N=1, K=2, P=5, C=5, S=2, T=9, L=7, O=6)
-OTHER = Sizes(B=2, N=3, K=2, P=6, C=4, S=5, T=12, L=8, O=7, position=4)
+GOLDEN = Sizes(B=1, N=1, K=2, P=5, C=5, S=2, T=9, L=7)
+OTHER = Sizes(B=2, N=3, K=2, P=6, C=4, S=5, T=12, L=8, position=4, O=7)
 
 Case = dict[str, Tensor]
 
