@@ -29,6 +29,9 @@ kind = "coco_captions"
 files = ["captions.json"]
 """
 
+ONE_MORE = '[[stages.sources]]\nname = "captions"\nkind = "coco_captions"\nfiles = ["captions.json"]\n'
+SAME_STAGE = f'[[stages]]\nname = "text"\ntrain = ["text"]\nsteps = 3\nbatch = 2\nrate = 0.1\n{ONE_MORE}'
+
 
 def written(folder: Path, text: str, name: str = "small.toml") -> str:
     path = folder / name
@@ -51,6 +54,16 @@ def written(folder: Path, text: str, name: str = "small.toml") -> str:
         (("rate = 0.1", "rate = 0.1\nauxiliary = { look = 1.0 }"), ["sources (captions).instances"]),
         (("rate = 0.1", 'rate = 0.1\ncache = ["semantic"]\nobjective = "prompt_grid"'), ["cache"]),
         (("steps = 3", "steps = ["), ["not TOML"]),
+        (("steps = 3", "steps = 0"), ["stages (text).steps"]),
+        (("steps = 3", "steps = 3\nreport_every = 0"), ["stages (text).report_every"]),
+        (('train = ["text"]', "train = []"), ["stages (text).train"]),
+        (('name = "captions"', 'name = "captions"\nlosses = []'), ["sources (captions).losses"]),
+        (("[[stages.sources]]", ONE_MORE + "[[stages.sources]]"), ["two sources", "'captions'"]),
+        (("[[stages]]", SAME_STAGE + "[[stages]]"), ["two stages", "'text'"]),
+        (
+            ("rate = 0.1\n[[stages.sources]]", 'rate = 0.1\ncache = ["sam"]\n[[stages.sources]]\nlosses = ["mask"]'),
+            ["sources (captions).losses", "cache"],
+        ),
     ],
 )
 def test_a_mistake_is_named_in_one_line(tmp_path: Path, change: tuple[str, str], words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,14 +125,15 @@ def run_stage(
     for step, micros in batches:
         set_rate(optimizer, learning_rate(step, stage.steps, stage.rate, stage.warmup_steps))
         torch.manual_seed(int(np.random.default_rng((seed, 5, step, process)).integers(2**62)))  # for dropout
-        report = (step + 1) % stage.report_every == 0
+        done = step + 1
+        report, save = done % stage.report_every == 0, _due(done, stage.save_every, stage.steps)
         # Micro-batches of one source share its weight; those of different sources add up.
-        share = len(micros) / len({micro.source for micro in micros})
+        shares = Counter(micro.source for micro in micros)
         figures: dict[str, list[Tensor]] = {}
         losses = []
         for micro in micros:
             outcome = objective(micro.to(device))
-            total = torch.stack(list(outcome.terms.values())).sum() / share
+            total = torch.stack(list(outcome.terms.values())).sum() / shares[micro.source]
             if total.requires_grad:
                 total.backward()
             losses.append(total.detach())
@@ -143,16 +145,19 @@ def run_stage(
             nn.utils.clip_grad_norm_(learning, stage.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        done = step + 1
-        if report:
-            values = {"loss": torch.stack(losses).sum().item()}
-            values |= {name: torch.stack(each).float().mean().item() for name, each in figures.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"stage {stage.name!r}: the loss at step {done} is {values['loss']}")
-            progress.report(done, values)
+        if report or save:
+            loss = torch.stack(losses).sum().item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"stage {stage.name!r}: the loss at step {done} is {loss}; the state saved before is kept. "
+                    "Lower the stage's rate, or set clip_norm"
+                )
+            if report:
+                values = {name: torch.stack(each).float().mean().item() for name, each in figures.items()}
+                progress.report(done, {"loss": loss, **values})
         if evaluate is not None and accelerator.is_main_process and _due(done, stage.evaluate_every, stage.steps):
             progress.report(done, _evaluated(objective, evaluate), "held_out")
-        if accelerator.is_main_process and _due(done, stage.save_every, stage.steps):
+        if accelerator.is_main_process and save:
             state.save(done, trained, helpers, optimizer, done=done == stage.steps)
     progress.close()
     accelerator.wait_for_everyone()

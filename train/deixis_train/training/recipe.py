@@ -7,21 +7,13 @@ and stages and sources are matched by name, so that an ablation says no more tha
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from deixis_train.data.samples import Loss
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from deixis_train.training.tables import RecipeError, build, override, read_table
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 
@@ -41,10 +33,6 @@ Part = Literal[
     "mask_decoder",
     "box_decoder",
 ]
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be read. One line: file, key, what to do."""
 
 
 @dataclass(frozen=True)
@@ -219,146 +207,72 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(name) if name.endswith(".toml") else shipped().get(name)
     if path is None:
         raise RecipeError(f"no recipe {name!r}; shipped are {', '.join(shipped())}, or give the path of a .toml file")
-    table = _read(path)
-    for override in overrides:
-        _override(table, override)
+    table = read_table(path, shipped())
+    for setting in overrides:
+        override(table, setting)
     return recipe_of(table, str(path))
 
 
 def recipe_of(table: Mapping[str, Any], file: str) -> Recipe:
     """A recipe from the content of its file, which messages name. Raises RecipeError."""
-    recipe = _build(Recipe, table, file, "")
+    recipe = build(Recipe, table, file, "")
     _check(recipe, file)
     return recipe
-
-
-def _read(path: Path, depth: int = 0) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from None
-    base = table.pop("base", None)
-    if base is None:
-        return table
-    beside = path.with_name(f"{base}.toml")
-    if depth > 4 or not (beside.is_file() or base in shipped()):
-        raise RecipeError(f"{path}: base: no recipe {base!r} beside it or among the shipped ones")
-    return _merge(_read(beside if beside.is_file() else shipped()[base], depth + 1), table)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            merged[key] = _merge(old, value)
-        elif isinstance(old, list) and _named(old) and _named(value):
-            by_name = {item["name"]: item for item in old}
-            for item in value:
-                by_name[item["name"]] = _merge(by_name.get(item["name"], {}), item)
-            merged[key] = list(by_name.values())
-        else:
-            merged[key] = value
-    return merged
-
-
-def _named(value: Any) -> bool:
-    """Whether this is an array of tables that have names: stages or sources."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "name" in item for item in value)
-
-
-def _override(table: Any, text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {text}: write it as key=value")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    place: Any = table
-    *way, last = key.split(".")
-    for step in way:
-        if isinstance(place, list):
-            place = next((item for item in place if _named(place) and item["name"] == step), None)
-        else:
-            place = place.setdefault(step, {})
-        if not isinstance(place, dict | list):
-            raise RecipeError(f"--set {text}: the recipe has no {step!r}")
-    if isinstance(place, list):
-        raise RecipeError(f"--set {text}: {last!r} must be a key; name the item of {way[-1]} and its key")
-    place[last] = parsed
-
-
-def _build(cls: Any, table: Any, file: str, where: str) -> Any:
-    if not isinstance(table, dict):
-        raise RecipeError(f"{file}: {where or 'the file'} must be a table")
-    label = f"{where} ({table['name']})" if isinstance(table.get("name"), str) else where
-    hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(table) - set(known)):
-        key = f"{label}.{unknown[0]}" if label else unknown[0]
-        raise RecipeError(f"{file}: unknown key {key}; known are {', '.join(known)}")
-    for name, spec in known.items():
-        if name not in table and spec.default is MISSING and spec.default_factory is MISSING:
-            raise RecipeError(f"{file}: {label + '.' if label else ''}{name} is missing")
-    return cls(**{key: _value(hints[key], v, file, f"{label}.{key}".strip(".")) for key, v in table.items()})
-
-
-def _value(hint: Any, value: Any, file: str, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _value(next(a for a in args if a is not type(None)), value, file, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, file, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise RecipeError(f"{file}: {where} must be a list")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise RecipeError(f"{file}: {where} must have {len(args)} values")
-        return tuple(_value(args[0], item, file, where) for item in value)
-    if origin is Literal:
-        if value not in args:
-            raise RecipeError(f"{file}: {where} is {value!r}; known are {', '.join(map(str, args))}")
-        return value
-    if origin is not None:  # a mapping
-        if not isinstance(value, dict):
-            raise RecipeError(f"{file}: {where} must be a table")
-        return {k: v if args[1] is Any else _value(args[1], v, file, f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)):
-        return value
-    raise RecipeError(f"{file}: {where} must be {hint.__name__}, not {value!r}")
 
 
 def _check(recipe: Recipe, file: str) -> None:
     """Raise RecipeError for what cannot be trained although every key is right."""
     if not recipe.stages:
         raise RecipeError(f"{file}: no stages")
+    if twice := _twice(recipe.stages):
+        raise RecipeError(f"{file}: two stages are called {twice!r}; their states would take the same file")
     if recipe.localisation == "tokens" and not any("text" in stage.train for stage in recipe.stages):
         raise RecipeError(f"{file}: localisation 'tokens' adds to the vocabulary, so a stage must train 'text'")
-    if recipe.localisation != "regression" and any(
-        "mask" in s.losses for stage in recipe.stages for s in stage.sources
-    ):
+    if recipe.localisation != "regression" and any("mask" in s.losses for t in recipe.stages for s in t.sources):
         raise RecipeError(
             f"{file}: masks are learned from boxes of the location head: set localisation to 'regression'"
         )
     for stage in recipe.stages:
         at = f"{file}: stages ({stage.name})"
-        if not stage.sources:
-            raise RecipeError(f"{at}: no sources")
-        if stage.mixing == "draw" and stage.batch < 1:
-            raise RecipeError(f"{at}.batch: say how many pictures a step takes")
-        if lacking := [s.name for s in stage.sources if stage.mixing == "all" and s.pictures < 1]:
-            raise RecipeError(f"{at}.sources ({lacking[0]}).pictures: say how many pictures a step takes of it")
-        if stage.objective == "prompt_grid" and set(stage.cache) != {"sam", "semantic"}:
-            raise RecipeError(f"{at}.cache: this objective needs both features cached")
-        dense = stage.objective != "text" or stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells
+        _check_stage(stage, at)
         for source in (*stage.sources, *stage.held_out):
-            if dense and not source.instances:
-                raise RecipeError(f"{at}.sources ({source.name}).instances: this objective needs them")
-            if (dense or stage.cache) and (source.scale != (1.0, 1.0) or source.flip):
-                raise RecipeError(f"{at}.sources ({source.name}): cached features and cells allow no augmentation")
-        if cached := [part for part in stage.cache if f"{part}_encoder" in stage.train]:
-            raise RecipeError(f"{at}.cache: features of {cached[0]}_encoder change while it trains")
+            _check_source(stage, source, f"{at}.sources ({source.name})")
+
+
+def _check_stage(stage: StageSpec, at: str) -> None:
+    if not stage.sources:
+        raise RecipeError(f"{at}: no sources")
+    if not stage.train:
+        raise RecipeError(f"{at}.train: name the parts that learn")
+    for key in ("steps", "report_every"):
+        if getattr(stage, key) < 1:
+            raise RecipeError(f"{at}.{key}: must be at least 1")
+    for specs in (stage.sources, stage.held_out):
+        if twice := _twice(specs):
+            raise RecipeError(f"{at}: two sources are called {twice!r}; what is logged goes by their names")
+    if stage.mixing == "draw" and stage.batch < 1:
+        raise RecipeError(f"{at}.batch: say how many pictures a step takes")
+    if lacking := [s.name for s in stage.sources if stage.mixing == "all" and s.pictures < 1]:
+        raise RecipeError(f"{at}.sources ({lacking[0]}).pictures: say how many pictures a step takes of it")
+    if stage.objective == "prompt_grid" and set(stage.cache) != {"sam", "semantic"}:
+        raise RecipeError(f"{at}.cache: this objective needs both features cached")
+    if cached := [part for part in stage.cache if f"{part}_encoder" in stage.train]:
+        raise RecipeError(f"{at}.cache: features of {cached[0]}_encoder change while it trains")
+
+
+def _check_source(stage: StageSpec, source: SourceSpec, at: str) -> None:
+    dense = stage.objective != "text" or stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells
+    if dense and not source.instances:
+        raise RecipeError(f"{at}.instances: this objective needs them")
+    if (dense or stage.cache) and (source.scale != (1.0, 1.0) or source.flip):
+        raise RecipeError(f"{at}: cached features and cells allow no augmentation")
+    if stage.objective == "text" and not source.losses:
+        raise RecipeError(f"{at}.losses: name what its rows teach: text, point, mask, proposal")
+    if "mask" in source.losses and "sam" in stage.cache:
+        raise RecipeError(f"{at}.losses: masks need SAM's own map, which is not cached: take 'sam' out of cache")
+
+
+def _twice(specs: Sequence[StageSpec] | Sequence[SourceSpec]) -> str | None:
+    """A name that comes twice, or None."""
+    names = [spec.name for spec in specs]
+    return next((name for name in names if names.count(name) > 1), None)
