@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deixis_train.loaders.flax import load_flax, name_table, read_flax
 from deixis_train.loaders.golden import config_from_golden
 from deixis_train.loaders.report import CheckpointError
-from deixis_train.models.config import PRESETS
+from deixis_train.models.config import PRESETS, BertTextConfig
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.point_head import points_to_box, to_pixels, valid_tokens
 from deixis_train.models.preprocess import normalize
@@ -287,6 +287,7 @@ VARIANTS = {
     "prompts as wide as the adapter": {"prompt_embed_dim": 48},
     "one output token": {"prompt_adapter": dataclasses.replace(PRESETS["tiny"].prompt_adapter, num_outputs=1)},
     "no gate": {"mask_adapter": dataclasses.replace(PRESETS["tiny"].mask_adapter, gating=False)},
+    "BERT head": {"bert": BertTextConfig(vocab=90, emb=32, heads=2, layers=2, mlp=128, max_positions=40)},
     "no LoRA": {"t5": dataclasses.replace(PRESETS["tiny"].t5, enc_rank=0, dec_rank=0)},
     "no heads": {"point_predictor": None, "mask_adapter": None, "mask_decoder": None},
     "other depths": {
@@ -303,7 +304,7 @@ def in_flax_layout(model: PixelLLM) -> dict[str, np.ndarray]:
     for entry in name_table(model):
         arrays = list(state[entry.target]) if entry.stacked else [state[entry.target]]
         for name, array in zip(entry.sources, arrays, strict=True):
-            back = {"_dense": (1, 0), "_conv": (2, 3, 1, 0)}.get(entry.convert.__name__)
+            back = {"dense": (1, 0), "conv": (2, 3, 1, 0)}.get(entry.convert.__name__)
             tree[name] = array.permute(back).numpy() if back else array.numpy()
     return tree
 
