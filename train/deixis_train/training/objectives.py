@@ -131,7 +131,7 @@ class Objective:
             detection, micro = self._detect(features, micro)
             terms |= {name: losses.proposal * term for name, term in detection.items()}
             batch = micro.batch
-            if batch is None:
+            if batch is None or batch.losses == {"proposal"}:
                 return Outcome(terms, figures)
         visual, whole = self.prefixes(features, micro)
         model, ids = self.model, batch.text
