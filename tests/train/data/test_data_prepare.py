@@ -105,6 +105,10 @@ def test_texts_have_full_length_only_for_the_mask_adapter(tokenizer: Tokenizer) 
     assert example.text.shape == (2, 8) and example.masks is not None
     assert example.masks.shape == (2, SIZE, SIZE) and not example.masks[1].any()
     assert example.masks[0, 12:24, 6:18].all() and example.masks[0].sum() == 144
+    without = prepared(tokenizer, sample(Row("plate", box=PLATE)), image=picture(), masks=True)
+    batch = collate([replace(example, image=without.image), without], "mine", frozenset({"mask"}))
+    assert batch.masks is not None and batch.masks.shape == (3, SIZE, SIZE)
+    assert batch.masks.flatten(1).any(1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(("alignment", "owners"), [("rank", [0, 0, 1, 1]), ("text", [0, 0, 0, 1])])
@@ -239,7 +243,7 @@ def test_the_store_gives_samples_back() -> None:
     other = replace(a, image=Path("b.jpg"))
     store = SampleStore(Listed(a, other, b))  # pyright: ignore[reportArgumentType]
     assert [store[i] for i in range(len(store))] == [a, other, b]
-    assert store.keys == ["a.jpg", "b.jpg"] and store.indices("a.jpg") == [0, 2] and store.skipped == 2
+    assert store.keys == ["a.jpg", "b.jpg"] and store.skipped == 2
     with pytest.raises(IndexError):
         store[3]
     twin = replace(a, image=Path("folder/a.jpg"))

@@ -12,6 +12,7 @@ from made_up_data import make_data
 
 from deixis_train.checkpoint import load_checkpoint
 from deixis_train.cli import main
+from deixis_train.data.formats.errors import DataError
 from deixis_train.training.recipe import RecipeError, load_recipe, shipped
 from deixis_train.training.run import Run, train
 
@@ -157,6 +158,31 @@ def test_every_recipe_of_the_paper_trains_a_step(tmp_path: Path, name: str) -> N
     assert (model.box_decoder is not None) == (recipe.model.box_decoder is True)
     log = (tmp_path / "run" / f"{recipe.stages[0].name}.log.jsonl").read_text(encoding="utf-8")
     assert '"loss": null' not in log and '"loss": 0.0' not in log
+
+
+def test_one_encoder_may_learn_while_features_of_the_other_are_cached(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    change = 'train = ["semantic_encoder", "text"]\ncache = ["sam"]\nreport_every = 1'
+    recipe = load_recipe(written(tmp_path, SMALL.replace('train = ["text"]', change)))
+    make_data(tmp_path / "data", recipe)
+    assert train(Run(recipe, tmp_path / "data", tmp_path / "run"), Accelerator(cpu=True)) is not None
+    assert [folder.name[:4] for folder in (tmp_path / "run" / "features" / "images").iterdir()] == ["sam-"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "what"),
+    [
+        ("coco_instances", "proposal", "boxes"),
+        ("coco_captions", "point", "boxes or narrations"),
+        ("goldg", "mask", "masks"),
+    ],
+)
+def test_data_that_cannot_teach_a_loss_is_refused(tmp_path: Path, kind: str, loss: str, what: str) -> None:
+    change = f'kind = "{kind}"\nlosses = ["{loss}"]'
+    recipe = load_recipe(written(tmp_path, SMALL.replace('kind = "coco_captions"', change)))
+    make_data(tmp_path / "data", recipe)
+    with pytest.raises(DataError, match=f"'captions' is to teach '{loss}'.*no {what}"):
+        train(Run(recipe, tmp_path / "data", tmp_path / "run"), Accelerator(cpu=True))
 
 
 def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

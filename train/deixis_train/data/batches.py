@@ -67,7 +67,10 @@ def pad_rows(arrays: list[Ints], width: int) -> Ints:
 
 
 def collate(examples: list[Example], source: str, losses: frozenset[Loss], features: Tensor | None = None) -> Batch:
-    """Stack examples of one source. `features`: cached fused features in the order of the examples."""
+    """Stack examples of one source. `features`: cached fused features in the order of the examples.
+
+    Where some examples have masks and others do not, the others' are empty.
+    """
     if not examples:
         raise ValueError(f"source {source!r}: an empty batch")
     longest = max(e.text.shape[1] for e in examples)
@@ -79,8 +82,9 @@ def collate(examples: list[Example], source: str, losses: frozenset[Loss], featu
             raise ValueError(f"source {source!r}: examples without pictures need cached features")
         images = torch.from_numpy(np.stack([e.image for e in examples if e.image is not None])).float()
     masks = None
-    if all(e.masks is not None for e in examples):
-        masks = torch.from_numpy(np.concatenate([e.masks for e in examples if e.masks is not None]))
+    if sides := [e.masks.shape[1:] for e in examples if e.masks is not None]:
+        every = (np.zeros((len(e.text), *sides[0]), np.uint8) if e.masks is None else e.masks for e in examples)
+        masks = torch.from_numpy(np.concatenate(list(every)))
     return Batch(
         source,
         losses,

@@ -29,6 +29,7 @@ from deixis_train.training.recipe import Recipe, SourceSpec, StageSpec
 from deixis_train.training.vocabulary import CachedTokenizer
 
 OWNER_CHUNK = 4096
+LOOKED_AT = 100  # samples of a source, to see whether there is anything to learn from
 
 
 @dataclass
@@ -181,9 +182,28 @@ def _preparer(spec: SourceSpec, config: PixelLLMConfig, tokenizer: CachedTokeniz
 
     def prepare(sample: Sample, rng: np.random.Generator) -> Example:
         image = read_picture(sample.image) if pictures else None
-        return preparation.prepare(sample, rng, image=image, tokenizer=tokenizer, training=True)  # pyright: ignore[reportArgumentType]
+        return preparation.prepare(sample, rng, image=image, tokenizer=tokenizer, training=True)
 
     return prepare
+
+
+def _check_losses(spec: SourceSpec, samples: Samples) -> None:
+    """Raise DataError for a loss that the first samples give nothing to learn from."""
+    count = min(len(samples), LOOKED_AT)
+    rows = [row for index in range(count) for row in samples[index].rows]
+    found = {
+        "text": ("texts", bool(rows)),
+        "point": ("boxes or narrations", any(row.box is not None or row.utterances for row in rows)),
+        "mask": ("masks", any(row.mask is not None for row in rows)),
+        "proposal": ("boxes of texts", any(row.box is not None for row in rows)),
+    }
+    for loss in spec.losses:
+        what, there = found[loss]
+        if not there:
+            raise DataError(
+                f"source {spec.name!r} is to teach {loss!r}, but its first {count} samples have no {what}: "
+                "take it out of losses, or name files that have them"
+            )
 
 
 def feeds_of(
@@ -201,6 +221,8 @@ def feeds_of(
     """Feeds of a stage's sources (or of its held-out ones), in their order; missing features are computed first.
 
     writer: this process computes them; the others must come after it. localiser: says locations as tokens.
+
+    Raises DataError as `Corpus.samples` does, and for a source whose data cannot teach what it is to teach.
     """
     config, auxiliary = model.config, stage.auxiliary
     grid_stage = stage.objective == "grid"
@@ -212,6 +234,8 @@ def feeds_of(
         if dense or (spec.instances and spec.point_prompts):
             truth = corpus.truth(spec, names, model.grid, config.image_size)
         samples = corpus.samples(spec)
+        if stage.objective == "text":
+            _check_losses(spec, samples)
         folder = corpus.features / spec.images
         if whats and writer:
             every = (samples[index] for index in range(len(samples)))
@@ -219,7 +243,7 @@ def feeds_of(
             bf16 = stage.precision == "bf16"
             fill(model, whats, folder, pictures, lambda path: read_fitted(path, config.image_size), bf16=bf16)
         stores: dict[str, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
-        prepare = _preparer(spec, config, tokenizer, pictures=not whats)
+        prepare = _preparer(spec, config, tokenizer, pictures=stage.sees_pictures)
         source_seed = int(np.random.default_rng((seed, number)).integers(2**31))
         feeds.append(Feed(stage, spec, samples, prepare, stores, truth, config.image_size, source_seed, localiser))
     return feeds

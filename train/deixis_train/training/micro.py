@@ -129,7 +129,7 @@ class Feed:
             lacking = max(0, self.source.text_length - batch.text.shape[1])
             batch.text, batch.points = F.pad(batch.text, (0, lacking)), F.pad(batch.points, (0, 0, 0, lacking))
         micro.whole = torch.tensor([[0.0, 0.0, e.valid_hw[1], e.valid_hw[0]] for e in examples])
-        if not self.stage.cache:
+        if self.stage.sees_pictures:
             batch.images = torch.from_numpy(np.stack([e.image for e in examples if e.image is not None]))
         self._cells_of_text(micro, examples, names)
         as_click = np.random.default_rng((self.seed, 3, start)).random() < self.source.point_prompts

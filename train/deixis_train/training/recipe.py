@@ -140,6 +140,11 @@ class StageSpec:
     report_every: int = 25
     save_every: int = 200
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether an encoder runs in every step, so that pictures are read."""
+        return self.objective == "text" and set(self.cache) != {"sam", "semantic"}
+
 
 @dataclass(frozen=True)
 class ModelSpec:

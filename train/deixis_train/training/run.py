@@ -65,7 +65,9 @@ def train(run: Run, accelerator: Accelerator) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     if main:
         text = json.dumps(dataclasses.asdict(recipe), indent=1, ensure_ascii=False)
-        (out / "recipe.json").write_text(text + "\n", encoding="utf-8")
+        temporary = out / ".recipe.json.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(out / "recipe.json")
 
     def say(line: str) -> None:
         if main:
@@ -110,7 +112,8 @@ def train(run: Run, accelerator: Accelerator) -> Path | None:
             )
         elif not done:
             if names_of_stages.index(str(run.stage)) > number:
-                raise RecipeError(f"stage {stage.name!r} comes before {run.stage!r} and is not done")
+                raise RecipeError(f"stage {stage.name!r} comes before {run.stage!r} and is not done; leave out --stage")
+            say(f"stage {run.stage} is done; the checkpoint is written when {stage.name} and what follows are done too")
             return None
         measured = measured or stage.auxiliary.standardize
     if main:

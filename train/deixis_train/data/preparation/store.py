@@ -29,15 +29,14 @@ class SampleStore:
         self.losses = source.losses
         self._buffer = bytearray()
         self._ends = array("Q", [0])
-        self._keys: dict[str, tuple[str, list[int]]] = {}
-        for index, sample in enumerate(source):
-            folder, indices = self._keys.setdefault(sample.key, (str(sample.image.parent), []))
+        self._folders: dict[str, str] = {}  # of each picture, by its name
+        for sample in source:
+            folder = self._folders.setdefault(sample.key, str(sample.image.parent))
             if folder != str(sample.image.parent):
                 raise DataError(
                     f"source {self.name!r}: two pictures are called {sample.key}, in {folder} and "
                     f"{sample.image.parent}; names must be unique in a data folder"
                 )
-            indices.append(index)
             self._buffer += zlib.compress(encode(sample), 1)
             self._ends.append(len(self._buffer))
         self.skipped = source.skipped
@@ -53,11 +52,7 @@ class SampleStore:
     @property
     def keys(self) -> list[str]:
         """The names of the pictures, each once, in the order of the source."""
-        return list(self._keys)
-
-    def indices(self, key: str) -> list[int]:
-        """The samples of one picture. Raises KeyError for a picture that no sample shows."""
-        return list(self._keys[key][1])
+        return list(self._folders)
 
 
 def encode(sample: Sample) -> bytes:
