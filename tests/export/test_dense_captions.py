@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from exporting import TINY
@@ -19,11 +20,13 @@ from deixis.detection import Detections
 from deixis.errors import ExportError
 from deixis.image import prepare
 from deixis.overlay import save_image
-from deixis_export.cases import example_picture
+from deixis_export.cases import Sizes, example_picture, make_cases
 from deixis_export.chain import lost_detections
 from deixis_export.export import export_bundle
+from deixis_export.graphs import graph_specs, run_torch
 from deixis_export.manifest import detection_spec, task_table
 from deixis_export.presets import random_model, random_tokenizer
+from deixis_export.session import GraphSession, relative_error
 from deixis_train.models.box_decoder import Detections as TorchDetections
 from deixis_train.models.box_decoder.dense_captions import DenseCaptions, dense_captions
 from deixis_train.models.config import BoxDecoderConfig
@@ -187,3 +190,17 @@ def test_lost_detections_are_counted_on_both_sides() -> None:
     moved[1, 0] += 5
     assert lost_detections([Detections(moved, scores[0].numpy())], wanted, 100) == 0.5
     assert lost_detections([Detections(moved * 0, scores[0].numpy() * 0)], wanted, 100) == 1
+
+
+def test_graphs_are_standard_and_take_any_number_of_boxes(detecting: Bundle) -> None:
+    model = make_model()
+    specs = graph_specs(model)
+    for sizes in (Sizes(1, 1, 1, 2, 3, 1, 2, 3, position=1, O=1), Sizes(3, 1, 1, 2, 3, 1, 2, 3, position=1, O=40)):
+        cases = make_cases(model, sizes, seed=4)
+        for role in ("box_proposals", "box_refine"):
+            expected = {name: value.numpy() for name, value in run_torch(specs[role], model, cases[role]).items()}
+            path = detecting.file(detecting.manifest.graphs[role].file)
+            assert {node.domain for node in onnx.load(path).graph.node} == {""}
+            with GraphSession(path, threads=1) as session:
+                found = session.run({name: value.numpy() for name, value in cases[role].items()})
+            assert relative_error(found, expected) < 1e-4, role
