@@ -33,8 +33,8 @@ class Helpers(nn.Module):
         channels = config.semantic.embed_dim + config.sam.out_chans
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        self.matcher = nn.Linear(config.t5.emb, 1)  # is this cell part of the thing meant?
-        self.cells = CellHeads(config.t5.emb, names)  # on the extractor's image tokens
+        self.matcher = nn.Linear(config.text.emb, 1)  # is this cell part of the thing meant?
+        self.cells = CellHeads(config.text.emb, names)  # on the extractor's image tokens
         self.grid = CellHeads(config.semantic.embed_dim, names)  # on the semantic encoder's map
 
     def measure(self, features: Tensor) -> None:

@@ -174,6 +174,8 @@ def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
         prompt_jitter=spec.jitter,
         masks="mask" in spec.losses,
         alignment=spec.alignment,
+        begin_id=config.begin_token_id,
+        end_id=config.end_token_id,
     )
 
 

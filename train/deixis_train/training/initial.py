@@ -45,6 +45,8 @@ def model_config(recipe: Recipe) -> PixelLLMConfig:
     if recipe.preset not in PRESETS:
         raise RecipeError(f"preset {recipe.preset!r} is unknown; known are {', '.join(PRESETS)}")
     config, spec = PRESETS[recipe.preset], recipe.model
+    if config.bert is not None:
+        _check_bert(recipe)
     t5 = config.t5
     if spec.text:
         if spec.text not in T5_SIZES:
@@ -65,6 +67,26 @@ def model_config(recipe: Recipe) -> PixelLLMConfig:
     if boxes and config.box_decoder is not None:
         config = replace(config, box_decoder=replace(config.box_decoder, **boxes))
     return config
+
+
+def _check_bert(recipe: Recipe) -> None:
+    """Raise RecipeError for what only T5 has."""
+    spec, init = recipe.model, recipe.init
+    of_t5 = {"model.text": spec.text, "model.lora_rank": spec.lora_rank, "model.vocab": spec.vocab, "init.t5": init.t5}
+    if given := [key for key, value in of_t5.items() if value]:
+        raise RecipeError(f"{given[0]}: the preset {recipe.preset!r} has a BERT text head, not a T5")
+    if not (init.tokenizer or init.checkpoint):
+        raise RecipeError(
+            f"init.tokenizer: the preset {recipe.preset!r} needs the tokenizer.json of its BERT text head"
+        )
+    if wanting := [s.name for s in recipe.stages if s.auxiliary.look or s.fused_attention or "lora" in s.train]:
+        raise RecipeError(
+            f"stages ({wanting[0]}): look, fused_attention and lora need a T5; preset {recipe.preset!r} has BERT"
+        )
+    if recipe.localisation == "tokens":
+        raise RecipeError(
+            "localisation: 'tokens' enlarges the vocabulary of a T5; the BERT text head has none of its own"
+        )
 
 
 def find_file(name: str, data: Path, out: Path) -> Path:

@@ -145,7 +145,9 @@ class Objective:
         if logits is not None:
             # Where the words are given, only what is said of locations is learned.
             labels = ids if "text" in batch.losses or micro.said is None else ids * micro.said
-            terms["text"] = losses.text * text_loss(logits, labels, smoothing=losses.smoothing)
+            terms["text"] = losses.text * text_loss(
+                logits, labels, smoothing=losses.smoothing, end_id=model.config.end_token_id
+            )
             figures |= _text_figures(logits, labels)
         refer = _referring(batch)
         weight = self._positions(batch, refer, micro.said)
@@ -155,7 +157,7 @@ class Objective:
                 locations = model.locate(states.float())
             if "point" in batch.losses:
                 terms["point"] = losses.point * self._point(locations, batch, weight)
-            figures |= _referring_figures(locations, batch, refer)
+            figures |= self._referring_figures(locations, batch, refer)
             if "mask" in batch.losses:
                 terms["mask"] = losses.mask * self._mask(locations, batch, visual, states, sam_map)
         if auxiliary.look and micro.look is not None and "point" in batch.losses:
@@ -230,6 +232,18 @@ class Objective:
         logits, quality = model.mask(sam_map, batch.picture, boxes, visual, states)
         return mask_total(logits, quality, batch.masks, valid_hw)
 
+    @torch.no_grad()
+    def _referring_figures(self, locations: Tensor, batch: Batch, refer: Tensor) -> Terms:
+        """Share of expressions with IoU > 0.5, and mean IoU, at the position where the box is read."""
+        config = self.model.config
+        last = valid_tokens(batch.text, LAST_WORD, config.begin_token_id, config.end_token_id) & refer[:, None]
+        if not last.any():
+            return {}
+        valid_hw = batch.valid_hw[batch.picture]
+        target = _fractions(batch.boxes[:, None].expand(-1, batch.text.shape[1], -1), valid_hw)
+        ratio, _ = paired_iou(locations.flatten(-2)[last], target[last])
+        return {"P@0.5": (ratio > 0.5).float().mean(), "IoU": ratio.mean()}
+
 
 def mask_total(logits: Tensor, quality: Tensor, masks: Tensor, valid_hw: Tensor) -> Tensor:
     """The mask loss of logits [R, h, w] and predicted IoU [R] against masks [R, S, S] (section 12)."""
@@ -253,15 +267,3 @@ def _text_figures(logits: Tensor, ids: Tensor) -> Terms:
 def _referring(batch: Batch) -> Tensor:
     """Which rows [R] look for a thing in the whole picture: referring expressions."""
     return batch.whole & (batch.boxes.amax(-1) > 0)
-
-
-@torch.no_grad()
-def _referring_figures(locations: Tensor, batch: Batch, refer: Tensor) -> Terms:
-    """Share of expressions with IoU > 0.5, and mean IoU, at the position where the box is read."""
-    last = valid_tokens(batch.text, LAST_WORD, 0, 1) & refer[:, None]
-    if not last.any():
-        return {}
-    valid_hw = batch.valid_hw[batch.picture]
-    target = _fractions(batch.boxes[:, None].expand(-1, batch.text.shape[1], -1), valid_hw)
-    ratio, _ = paired_iou(locations.flatten(-2)[last], target[last])
-    return {"P@0.5": (ratio > 0.5).float().mean(), "IoU": ratio.mean()}
