@@ -16,7 +16,7 @@ from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.auxiliary import Helpers, look_loss, tapped
 from deixis_train.training.cells import Names, cell_losses, cell_owners, meant_cells, thing_table
 from deixis_train.training.drop_path import add_drop_path
-from deixis_train.training.loop import Plan
+from deixis_train.training.loop import Plan, restore
 from deixis_train.training.optim import (
     choose_trained,
     layer_factor,
@@ -185,3 +185,14 @@ def test_plans_share_pictures_equally_and_in_order() -> None:
     assert taken == [(0, i) for i in range(len(taken))] and 0.65 < len(taken) / 1600 < 0.85
     with pytest.raises(ValueError, match="3 processes"):
         Plan(stage, 0, 3)
+
+
+def test_a_state_of_something_else_is_refused(model: PixelLLM) -> None:
+    kinds, more = (Names(names, ("red",)) for names in (("mug",), ("ball", "mug")))
+    trained = choose_trained(model, ["point_predictor"])
+    saved = {"trained": dict(trained), "helpers": Helpers(model, kinds).state_dict()}
+    restore(saved, trained, Helpers(model, kinds), "text")
+    with pytest.raises(ValueError, match="other kinds and colours"):
+        restore(saved, trained, Helpers(model, more), "text")
+    with pytest.raises(ValueError, match="other parts"):
+        restore(saved, choose_trained(model, ["text"]), Helpers(model, kinds), "text")

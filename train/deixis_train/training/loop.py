@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,8 +111,7 @@ def run_stage(
     state, first = StageState(out, stage.name), 0
     saved = state.load()
     if saved is not None:
-        restore(saved["trained"], trained, stage.name)
-        helpers.load_state_dict(saved["helpers"])
+        restore(saved, trained, helpers, stage.name)
         first = saved["step"]
         if saved["done"] or first >= stage.steps:
             return
@@ -163,12 +163,13 @@ def run_stage(
     accelerator.wait_for_everyone()
 
 
-def restore(tensors: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], stage: str) -> None:
-    """Copy saved tensors into the parameters of the same names.
+def restore(saved: Mapping[str, Any], trained: Mapping[str, nn.Parameter], helpers: nn.Module, stage: str) -> None:
+    """Copy what a stage's state (`StageState.load`) has learned into the parameters of the same names.
 
     Raises:
-        ValueError: the state is of other parts, or of other sizes.
+        ValueError: the state is of other parts, of other sizes, or of data with other kinds of things.
     """
+    tensors = saved["trained"]
     if set(tensors) != set(trained):
         raise ValueError(f"stage {stage!r}: its saved state trained other parts; start in a new --out folder")
     with torch.no_grad():
@@ -176,6 +177,13 @@ def restore(tensors: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], 
             if value.shape != trained[name].shape:
                 raise ValueError(f"stage {stage!r}: {name} was saved in another size; start in a new --out folder")
             trained[name].copy_(value)
+    try:
+        helpers.load_state_dict(saved["helpers"])
+    except RuntimeError:
+        raise ValueError(
+            f"stage {stage!r}: its saved state is of data with other kinds and colours of things; "
+            "start in a new --out folder"
+        ) from None
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -127,8 +127,7 @@ def _restore_done(model: PixelLLM, helpers: Helpers, stage: StageSpec, out: Path
     if state is None or not state["done"]:
         return False
     own = dict(model.named_parameters())
-    restore(state["trained"], {name: own[name] for name in state["trained"] if name in own}, stage.name)
-    helpers.load_state_dict(state["helpers"])
+    restore(state, {name: own[name] for name in state["trained"] if name in own}, helpers, stage.name)
     return True
 
 
