@@ -21,7 +21,7 @@ def check_file(path: Path) -> None:
             "finetune_refcoco*.json, or COCO-style JSON with sentences (see docs/data.md)"
         )
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file; docs/data.md says which files a data set needs and where they go")
 
 
 def read_document(path: Path) -> Any:
