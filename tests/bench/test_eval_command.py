@@ -165,7 +165,7 @@ def test_other_data_is_named_by_kind(scenes: Path, capsys: pytest.CaptureFixture
         (["--task", "everything", "--data", "{scenes}"], 2, "invalid choice: 'everything'"),
         (["--task", "refer"], 2, "give --data DIR, or --kind"),
         (["--data", "{scenes}"], 2, "say what to measure: --task"),
-        (["--task", "dense-captions", "--data", "{scenes}"], 2, "--detections go together"),
+        (["--task", "dense-captions", "--data", "{scenes}", "--detections", "x.json"], 2, "no model, no --items"),
         (["--task", "refer", "--data", "{scenes}", "--limit", "0"], 2, "whole number from 1 on"),
         (["--task", "refer", "--data", "{scenes}", "--json", "{scenes}/no/report.json"], 2, "no such folder"),
         (["--task", "refer", "--data", "{scenes}", "--checkpoint", "{scenes}"], 1, "this is not a checkpoint"),

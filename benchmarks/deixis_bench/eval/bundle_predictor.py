@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import deixis
-from deixis_train.evaluation.predictor import Box, Image, Masks, PlacedWord
+from deixis_train.evaluation.predictor import Box, Described, Image, Masks, PlacedWord
 
 
 class BundlePredictor:
@@ -16,6 +16,10 @@ class BundlePredictor:
     def __init__(self, model: deixis.Model) -> None:
         self._model = model
         self._last: tuple[Image, deixis.Scene] | None = None
+
+    @property
+    def detects(self) -> bool:
+        return "dense_captions" in self._model.info.tasks
 
     def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
         scene = self._scene(picture)
@@ -35,6 +39,9 @@ class BundlePredictor:
         scene = self._scene(picture)
         captions = self._model.caption_batch([(scene, deixis.Prompt(box=box)) for box in boxes])
         return [caption.text for caption in captions]
+
+    def dense_captions(self, picture: Image) -> list[Described]:
+        return [Described(one.box, one.text, one.score) for one in self._scene(picture).dense_captions()]
 
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
         scene = self._scene(picture)

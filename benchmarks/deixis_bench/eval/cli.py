@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from deixis.bundle import MANIFEST_NAME
 from deixis.errors import DeixisError
 
-TASKS = ("refer", "masks", "caption", "trace", "free-trace", "regions")  # what "all" means
-OTHERS = ("boxes", "dense-captions")
+DENSE = "dense-captions"
+TASKS = ("refer", "masks", "caption", "trace", "free-trace", "regions", DENSE)  # what "all" means
+OTHERS = ("boxes",)
 CHECKPOINT_CONFIG = "config.json"
 
 
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--split", metavar="NAME", help="of data sets that name their splits")
     root.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], help="of the reader")
     root.add_argument("--alignment", choices=("rank", "text"), help="words and utterances of narrations")
-    root.add_argument("--detections", metavar="FILE", type=Path, help="dense-captions: detections as COCO results")
+    root.add_argument("--detections", metavar="FILE", type=Path, help="dense-captions of these, as COCO results")
     root.add_argument("--limit", metavar="N", type=_positive, help="pictures (default: all)")
     root.add_argument("--expressions", metavar="N", type=_positive, help="most expressions of a picture (default: all)")
     root.add_argument("--json", metavar="FILE", type=Path, help="write the report")
@@ -92,16 +93,14 @@ def _check(root: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.kind is None and (options.files or options.images or options.option or options.split):
         root.error("--files, --images, --option and --split belong to --kind")
     if options.kind is not None and ("all" in tasks or len({source_of(task) for task in tasks}) > 1):
-        root.error("--kind goes with one task, or with refer and masks")
-    dense = "dense-captions" in tasks
-    if dense and len(tasks) > 1:
-        root.error("dense-captions is measured by itself")
-    if dense != (options.detections is not None):
-        root.error("dense-captions and --detections go together")
-    if dense and (options.model or options.checkpoint or options.items):
-        root.error("dense-captions are measured from --detections: no model, no --items")
-    if not dense and options.model is None and options.checkpoint is None:
-        root.error("name a bundle or a checkpoint")
+        root.error("--kind goes with one task, with refer and masks, or with regions and dense-captions")
+    if options.detections is not None:
+        if tasks != [DENSE]:
+            root.error("--detections goes with the one task dense-captions")
+        if options.model or options.checkpoint or options.items:
+            root.error("dense-captions of --detections are measured as they are: no model, no --items")
+    elif options.model is None and options.checkpoint is None:
+        root.error("name a bundle or a checkpoint (dense-captions: or --detections)")
     for path in (options.json, options.items):
         if path is not None and not path.parent.is_dir():
             root.error(f"{path.parent}: no such folder")
@@ -121,13 +120,14 @@ def _run(options: argparse.Namespace) -> int:
         values, counted = dense_metrics(options.detections, pictures, options.limit is not None)
         metrics = {"files": values}
     else:
-        from deixis_bench.eval.measure import make_tasks, measure
+        from deixis_bench.eval.measure import answerable, make_tasks, measure
 
         tasks = make_tasks(set(sources), _asked_tasks(options, sources), alignment)
         for task in tasks:
             task.check()
         with ExitStack() as stack:
             predictors, bundle, checkpoint = _predictors(options, stack)
+            tasks = answerable(tasks, predictors, DENSE in options.task)
             pictures, skipped = read_pictures(sources, instances, options.limit)
             metrics, counted = measure(pictures, tasks, predictors, options.items, options.expressions)
     data |= {"pictures": len(pictures), **counted, **({"malformed records": skipped} if skipped else {})}
@@ -149,7 +149,7 @@ def _named(tasks: Sequence[str]) -> list[str]:
 
 def source_of(task: str) -> str:
     """The task whose file also answers this one."""
-    return {"masks": "refer", "dense-captions": "regions"}.get(task, task)
+    return {"masks": "refer", DENSE: "regions"}.get(task, task)
 
 
 def _sources(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:

@@ -41,6 +41,7 @@ LAYOUT: dict[str, tuple[str, str, dict[str, str]]] = {
     "boxes": ("coco_instances", "annotations/instances.json", {}),
 }
 INSTANCES = "annotations/instances.json"
+TRUTH = {"dense-captions": "regions"}  # tasks that are judged by the rows of another one
 
 
 def files_of(folder: Path, task: str) -> Files:
@@ -61,7 +62,7 @@ class Picture:
 
     def asked(self, task: str, pixels: NDArray[np.uint8], expressions: int | None) -> Asked:
         """What a task asks about; `expressions` bounds the rows of "refer", where every row is a question."""
-        rows = self.rows.get(task, ())
+        rows = self.rows.get(TRUTH.get(task, task), ())
         return Asked(self.path.name, pixels, rows[:expressions] if task == "refer" else rows, self.instances)
 
 

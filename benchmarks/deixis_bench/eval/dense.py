@@ -12,7 +12,7 @@ import numpy as np
 
 from deixis_bench.eval.data import Picture
 from deixis_train.evaluation.captions import meteor_scores
-from deixis_train.evaluation.dense_captions import Detections, Truth, dense_caption_map
+from deixis_train.evaluation.dense_captions import Detections, Truth, dense_caption_map, detection_shares
 from deixis_train.evaluation.errors import EvaluationError
 
 TASK = "regions"  # whose rows are the truth
@@ -71,7 +71,7 @@ def dense_metrics(path: Path, pictures: Sequence[Picture], limited: bool) -> tup
         "regions": sum(len(truth.captions) for truth, _ in pairs),
         "detections": sum(len(found.captions) for _, found in pairs),
     }
-    return dense_caption_map(pairs, meteor_scores), counted
+    return {**dense_caption_map(pairs, meteor_scores), **detection_shares(pairs)}, counted
 
 
 def _key(name: str) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from deixis_bench.eval.data import Picture, pixels_of
 from deixis_bench.eval.items import ItemFile
 from deixis_train.data.preparation.alignment import Alignment
+from deixis_train.evaluation.dense_task import DenseCaptions
 from deixis_train.evaluation.errors import EvaluationError
 from deixis_train.evaluation.predictor import Predictor
 from deixis_train.evaluation.tasks import Boxes, Captions, Item, Metrics, Refer, Regions, Task, Trace
@@ -32,9 +33,27 @@ def make_tasks(sources: Collection[str], names: Sequence[str], alignment: Alignm
         tasks.append(Trace("free-trace", FREE, alignment))
     if "regions" in names:
         tasks.append(Regions())
+    if DenseCaptions.name in names:
+        tasks.append(DenseCaptions())
     if "boxes" in names:
         tasks.append(Boxes())
     return tasks
+
+
+def answerable(tasks: Sequence[Task], predictors: Sequence[Predictor], insisted: bool) -> list[Task]:
+    """The tasks that all predictors can answer: without a detector there are no dense captions.
+
+    What is left out is said on the standard error. `insisted`: dense captions were asked for by name; then
+    EvaluationError is raised instead.
+    """
+    blind = next((p for p in predictors if not p.detects), None)
+    if blind is None or all(task.name != DenseCaptions.name for task in tasks):
+        return list(tasks)
+    reason = f"the {'checkpoint' if blind.name == 'torch' else 'bundle'} has no detector"
+    if insisted:
+        raise EvaluationError(f"{DenseCaptions.name}: {reason}; a model with a box decoder is needed, or --detections")
+    print(f"deixis eval: {reason}; {DenseCaptions.name} is left out", file=sys.stderr)
+    return [task for task in tasks if task.name != DenseCaptions.name]
 
 
 def measure(

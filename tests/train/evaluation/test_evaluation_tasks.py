@@ -10,9 +10,10 @@ import pytest
 
 from deixis.errors import PromptError, TextTooLongError
 from deixis_train.data.samples import Instance, Row, Utterance
-from deixis_train.evaluation import masks, tasks
+from deixis_train.evaluation import dense_task, masks, tasks
+from deixis_train.evaluation.dense_task import DenseCaptions
 from deixis_train.evaluation.errors import EvaluationError
-from deixis_train.evaluation.predictor import Box, Image, Masks, PlacedWord
+from deixis_train.evaluation.predictor import Box, Described, Image, Masks, PlacedWord
 from deixis_train.evaluation.tasks import Asked, Boxes, Captions, Refer, Regions, Trace, truth_of_words
 
 HEIGHT, WIDTH = 4, 10
@@ -29,6 +30,7 @@ class Prepared:
     """A predictor that says what it was told to."""
 
     name = "bundle"
+    detects = True
 
     def __init__(self, **answers: dict) -> None:
         self.answers = answers
@@ -53,6 +55,9 @@ class Prepared:
 
     def region_captions(self, picture: Image, boxes: Sequence[Box]) -> list[str]:
         return [self.answers["regions"][box] for box in boxes]
+
+    def dense_captions(self, picture: Image) -> list[Described]:
+        return self.answers["dense"]["found"]
 
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
         return [self.answers["segment"][box] for box in boxes]
@@ -187,3 +192,33 @@ def test_boxes_are_judged_by_masks() -> None:
     predictor = Prepared(segment={box: mask_of(0, 2)})
     items = Boxes().ask(Asked("a.png", PIXELS, (), (known, Instance("ball", box))), predictor)
     assert Boxes().metrics(items) == {"box-to-mask IoU": 0.5, "box-to-mask median IoU": 0.5}
+
+
+def test_dense_captions_of_several_pictures_are_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list = []
+
+    def meteor(captions: list[str], references: list[list[str]]) -> list[float]:
+        judged.append(list(zip(captions, references, strict=True)))
+        return [1.0] * len(captions)
+
+    monkeypatch.setattr(dense_task, "meteor_scores", meteor)
+    left, right = (0.0, 0.0, 4.0, 4.0), (5.0, 0.0, 10.0, 4.0)
+    found = [Described(left, "a mug", 0.9), Described((0.0, 0.0, 9.0, 1.0), "a table", 0.5)]
+    task = DenseCaptions()
+    items = [
+        *task.ask(
+            Asked("a.png", PIXELS, (Row("mug", box=left), Row("cup", box=right))), Prepared(dense={"found": found})
+        ),
+        *task.ask(Asked("b.png", PIXELS, (Row("cup", box=left),)), Prepared(dense={"found": []})),
+        *task.ask(Asked("c.png", PIXELS, ()), Prepared(dense={"found": found})),
+    ]
+    assert [item["image"] for item in items] == ["a.png", "b.png"], "nobody has described the third"
+    assert [item["scores"] for item in items] == [
+        {"regions": 2, "detections": 2, "found": 1}, {"regions": 1, "detections": 0, "found": 0}
+    ]  # fmt: skip
+    metrics = task.metrics(items)
+    assert judged == [[("a mug", ["mug"])]], "the table is near nothing, so nobody asks what it is called"
+    for name in ("mAP", "mAP_detection"):
+        assert metrics[name] == pytest.approx(34 / 100)  # recalls 0 to 0.33, rightly
+    assert metrics["detection recall"] == pytest.approx(1 / 3) and metrics["detection precision"] == 0.5
+    assert metrics["detections per picture"] == 1

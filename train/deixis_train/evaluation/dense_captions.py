@@ -17,6 +17,7 @@ Meteor = Callable[[list[str], list[list[str]]], ArrayLike]
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 METEOR_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 MERGE_ABOVE = 0.7
+FOUND_FROM = 0.5
 RECALL_LEVELS = np.arange(100) / 100
 EMPTY = "empty"  # stands on both sides when the truth has an empty caption, which METEOR cannot judge
 
@@ -94,6 +95,26 @@ def match(detections: Detections, boxes: ArrayLike, captions: Sequence[Sequence[
     return Matches(detections.scores[order], values, matched, found, references)
 
 
+def detection_shares(pictures: Sequence[tuple[Truth, Detections]]) -> dict[str, float]:
+    """What mAP does not say at a glance, with all detections and any caption: the share of true boxes (merged) that are
+    found with an IoU of at least 0.5, the share of detections that find one, and detections per picture.
+    """
+    counts = np.array([count_found(*picture) for picture in pictures]).reshape(-1, 3)
+    truths, detections, found = (int(total) for total in counts.sum(0))
+    return {
+        "detection recall": found / max(1, truths),
+        "detection precision": found / max(1, detections),
+        "detections per picture": detections / max(1, len(pictures)),
+    }
+
+
+def count_found(truth: Truth, detections: Detections) -> tuple[int, int, int]:
+    """Of one picture: merged true boxes, detections, and boxes found with an IoU of at least 0.5."""
+    boxes, captions = merge_truth(truth)
+    matches = match(detections, boxes, captions)
+    return len(boxes), len(detections.captions), int((matches.matched & (matches.ious >= FOUND_FROM)).sum())
+
+
 def average_precision(scores: ArrayLike, right: ArrayLike, truths: int) -> float:
     """AP of detections of a whole data set: mean over recalls 0, 0.01 .. 0.99 of the best precision there or beyond.
 
@@ -131,19 +152,13 @@ def dense_caption_map(pictures: Sequence[tuple[Truth, Detections]], meteor: Mete
         return detection
     captions = [caption for m in matches for caption in m.captions]
     references = [texts for m in matches for texts in m.references]
-    told = _meteor(meteor, captions, references)
+    told = np.zeros(len(captions))
+    near = np.flatnonzero(matched & (ious >= min(IOU_THRESHOLDS)))  # all others are wrong whatever they say
+    if len(near):
+        told[near] = meteor([captions[i] for i in near], [references[i] for i in near])
     grid = {
         f"mAP_iou{iou}_meteor{least:.2f}": average_precision(scores, matched & (ious >= iou) & (told > least), truths)
         for iou in IOU_THRESHOLDS
         for least in METEOR_THRESHOLDS
     }
     return {"mAP": float(np.mean(list(grid.values()))), **grid, **detection}
-
-
-def _meteor(meteor: Meteor, captions: list[str], references: list[list[str]]) -> Floats:
-    """METEOR of every detection; 0 where the picture has no truth at all."""
-    values = np.zeros(len(captions))
-    known = [i for i, texts in enumerate(references) if texts]
-    if known:
-        values[known] = meteor([captions[i] for i in known], [references[i] for i in known])
-    return values

@@ -9,8 +9,7 @@ from typing import Any
 from deixis.bundle import TaskSpec
 from deixis_train.evaluation.errors import EvaluationError
 from deixis_train.models.config import PixelLLMConfig
-
-REGION_CAPTION_LENGTH = 40
+from deixis_train.tasks import DETECTION_CHOICES, default_tasks
 
 
 def model_tasks(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskSpec]:
@@ -18,15 +17,11 @@ def model_tasks(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any
 
     Raises EvaluationError for tasks or settings that there are not.
     """
-    caption = TaskSpec("A long image caption: ", config.context_length, config.max_caption_length, 4, 2)
-    region = TaskSpec("an object of ", config.context_length, min(REGION_CAPTION_LENGTH, config.max_caption_length))
-    tasks = {"caption": caption, "region_caption": region}
-    if config.point_predictor is not None:
-        tasks["trace"] = replace(caption, beams=1, beams_per_node=1)
-        tasks["refer"] = TaskSpec("where is {text}", config.refer_length, config.refer_length, points_at="^end-1")
+    tasks = default_tasks(config)
     known = {field.name for field in fields(TaskSpec)}
     for name, values in overrides.items():
-        if name not in tasks or not set(values) <= known:
+        more = set(DETECTION_CHOICES) if name == "dense_captions" else set()
+        if name not in tasks or not set(values) <= known | more:
             raise EvaluationError(f"the checkpoint sets {dict(values)} for task {name!r}, which is not known here")
-        tasks[name] = replace(tasks[name], **values)
+        tasks[name] = replace(tasks[name], **{key: value for key, value in values.items() if key in known})
     return tasks

@@ -23,6 +23,14 @@ class PlacedWord(NamedTuple):
     box: Box | None
 
 
+class Described(NamedTuple):
+    """An object that the model found by itself: its box, what it says of it, and how sure it is (0 to 1)."""
+
+    box: Box
+    text: str
+    score: float
+
+
 class Predictor(Protocol):
     """Answers about pictures. A predictor keeps the features of the picture it was asked about last.
 
@@ -33,6 +41,11 @@ class Predictor(Protocol):
     @property
     def name(self) -> str:
         """ "bundle" or "torch": names its numbers in reports."""
+        ...
+
+    @property
+    def detects(self) -> bool:
+        """Whether the model has a detector, which `dense_captions` needs."""
         ...
 
     def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
@@ -49,6 +62,10 @@ class Predictor(Protocol):
 
     def region_captions(self, picture: Image, boxes: Sequence[Box]) -> list[str]:
         """A caption of each box."""
+        ...
+
+    def dense_captions(self, picture: Image) -> list[Described]:
+        """Every object that the detector's own threshold lets pass, best first; boxes are clipped to the picture."""
         ...
 
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:

@@ -92,7 +92,7 @@ class Refer:
                     "IoU of mask box": float(pair_iou([around], [row.box])[0]),
                 }
                 truth["mask"], predicted["mask"] = row.mask, mask_metrics.encode(found)
-            item = _item(self.name, asked, predictor, row.text, predicted, truth, scores)
+            item = make_item(self.name, asked, predictor, row.text, predicted, truth, scores)
             items.append(item if error is None else item | {"error": error})
         return items
 
@@ -136,7 +136,7 @@ class Trace:
             try:
                 placed = _traced(asked.pixels, words, predictor)
             except PromptError as error:
-                items.append(_item(self.name, asked, predictor, row.text, None, None, {}) | {"error": str(error)})
+                items.append(make_item(self.name, asked, predictor, row.text, None, None, {}) | {"error": str(error)})
                 continue
             pairs = [
                 (np.array(word.box) / [width, height, width, height], box)
@@ -150,7 +150,7 @@ class Trace:
             scores["point L1"] = point_l1(predicted.reshape(-1, 2, 2), wanted.reshape(-1, 2, 2), counts)
             text = " ".join(words[: len(placed)])
             items.append(
-                _item(self.name, asked, predictor, text, predicted.tolist(), wanted.tolist(), scores)
+                make_item(self.name, asked, predictor, text, predicted.tolist(), wanted.tolist(), scores)
                 | ({"cut": True} if len(placed) < len(words) else {})
             )
         return items
@@ -204,7 +204,7 @@ class Captions:
         references = [row.text for row in asked.rows]
         text = predictor.caption(asked.pixels)
         present = [[i.attributes[COLOUR], i.category] for i in asked.instances if COLOUR in i.attributes]
-        return [_item(self.name, asked, predictor, "", text, {"captions": references, "things": present}, {})]
+        return [make_item(self.name, asked, predictor, "", text, {"captions": references, "things": present}, {})]
 
     def metrics(self, items: Sequence[Item]) -> Metrics:
         values = _caption_metrics("caption ", items)
@@ -248,7 +248,7 @@ class Regions:
                 thing = coloured[int(ious.argmax())]
                 truth["thing"] = [thing.attributes[COLOUR], thing.category]
                 scores["right"] = things.names_thing(text, *truth["thing"])
-            items.append(_item(self.name, asked, predictor, "", text, truth, scores))
+            items.append(make_item(self.name, asked, predictor, "", text, truth, scores))
         return items
 
     def metrics(self, items: Sequence[Item]) -> Metrics:
@@ -275,7 +275,7 @@ class Boxes:
             truth = {"box": list(instance.box), "mask": instance.mask}
             predicted = {"mask": mask_metrics.encode(mask)}
             scores = {"IoU": inter / max(1, union)}
-            items.append(_item(self.name, asked, predictor, instance.category, predicted, truth, scores))
+            items.append(make_item(self.name, asked, predictor, instance.category, predicted, truth, scores))
         return items
 
     def metrics(self, items: Sequence[Item]) -> Metrics:
@@ -283,9 +283,10 @@ class Boxes:
         return {"box-to-mask IoU": float(np.mean(ious)), "box-to-mask median IoU": float(np.median(ious))}
 
 
-def _item(
+def make_item(
     task: str, asked: Asked, predictor: Predictor, text: str, predicted: Any, truth: Any, scores: dict[str, Any]
 ) -> Item:
+    """An answer as it is written; see the head of this file."""
     return {
         "task": task,
         "by": predictor.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from deixis_train.data.preparation.geometry import fit_long, resize_bilinear
 from deixis_train.evaluation.boxes import to_picture
 from deixis_train.evaluation.errors import EvaluationError
 from deixis_train.evaluation.masks import mask_of_logits, segment_of_logits
-from deixis_train.evaluation.model_tasks import model_tasks
-from deixis_train.evaluation.predictor import Box, Image, Masks, PlacedWord
+from deixis_train.evaluation.model_tasks import DETECTION_CHOICES, model_tasks
+from deixis_train.evaluation.predictor import Box, Described, Image, Masks, PlacedWord
 from deixis_train.evaluation.texts import Pieces, TextEncoder
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.models import decoding
+from deixis_train.models.box_decoder.dense_captions import rank_beams, score_with_caption
 from deixis_train.models.pixelllm import Scene
 from deixis_train.models.prompt_encoder import corners, pixelllm_prompt
 
@@ -40,6 +42,15 @@ class TorchPredictor:
         self._tasks = model_tasks(checkpoint.config, checkpoint.tasks)
         self._texts = TextEncoder(checkpoint.tokenizer_json, checkpoint.config)
         self._last: tuple[Image, Scene, tuple[int, int]] | None = None
+        chosen = checkpoint.tasks.get("dense_captions", {})
+        self._join_scores = bool(chosen.get("join_scores", False))
+        if self._model.box_decoder is not None:
+            own = {key: chosen[key] for key in DETECTION_CHOICES if key in chosen and key != "join_scores"}
+            self._model.box_decoder.config = replace(self._model.box_decoder.config, **own)
+
+    @property
+    def detects(self) -> bool:
+        return self._model.box_decoder is not None
 
     @torch.inference_mode()
     def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
@@ -85,6 +96,32 @@ class TorchPredictor:
         return self._generate("region_caption", picture, self._to_input(picture, boxes)) if len(boxes) else []
 
     @torch.inference_mode()
+    def dense_captions(self, picture: Image) -> list[Described]:
+        task = self._task("dense_captions")
+        scene, valid = self._encode(picture)
+        found = self._model.detect(self._model.features(scene))
+        places = to_picture(found.boxes[0].double().cpu().numpy(), valid, picture.shape[:2])
+        # Described is what the runtime describes: objects, empty slots aside, that reach into the picture itself.
+        inside = torch.from_numpy((places[:, 2:] > places[:, :2]).all(axis=1)).to(self._device)
+        objects = torch.nonzero(inside & (found.scores[0] > 0))[:, 0]
+        if not len(objects):
+            return []
+        parts = [self._hypotheses(scene, part, task) for part in self._parts(found.boxes[0, objects], task)]
+        tokens, log_probs = (torch.cat(values) for values in zip(*parts, strict=True))
+        scores = found.scores[0, objects]
+        order, beam = torch.arange(len(objects), device=self._device), torch.full_like(objects, task.beams - 1)
+        if self._join_scores and task.beams == 1:
+            scores, order = torch.sort(score_with_caption(scores, log_probs[:, 0]), descending=True, stable=True)
+        elif self._join_scores:
+            ranked = rank_beams(scores[None], log_probs[None], found.scores.shape[1])
+            scores, order, beam = ranked.scores[0], ranked.box[0], ranked.beam[0]
+        return [
+            Described(_box(places[int(objects[box])]), self._said(tokens[box, one].tolist()), float(score))
+            for score, box, one in zip(scores, order.tolist(), beam.tolist(), strict=True)
+            if score > 0
+        ]
+
+    @torch.inference_mode()
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
         if self._model.mask_decoder is None:
             raise TaskError(f"checkpoint {self._config.name!r} makes no masks: it has no mask decoder")
@@ -126,7 +163,8 @@ class TorchPredictor:
 
     def _task(self, name: str) -> TaskSpec:
         if name not in self._tasks:
-            raise TaskError(f"checkpoint {self._config.name!r} cannot {name}: it has no point predictor")
+            part = "box decoder" if name == "dense_captions" else "point predictor"
+            raise TaskError(f"checkpoint {self._config.name!r} cannot {name}: it has no {part}")
         return self._tasks[name]
 
     def _prefix(self, scene: Scene, boxes: Tensor) -> Tensor:
@@ -152,16 +190,22 @@ class TorchPredictor:
         """A text for each box [R, 4] px of the network input."""
         task = self._task(name)
         scene, _ = self._encode(picture)
-        texts: list[str] = []
-        for part in boxes.split(max(1, ROWS // task.beams)):
-            visual = self._prefix(scene, part)
-            context = self._texts.context(task, "")
-            ids = self._ids([context] * len(part), len(context)) if context else None
-            texts += [self._texts.decode(row) for row in self._decode(visual, ids, task)]
-        return texts
+        best = [self._hypotheses(scene, part, task)[0][:, -1] for part in self._parts(boxes, task)]
+        return [self._said(row) for tokens in best for row in tokens.tolist()]
 
-    def _decode(self, visual: Tensor, context: Tensor | None, task: TaskSpec) -> list[list[int]]:
-        """Generated ids of every prompt, without BOS, EOS and what follows."""
+    def _parts(self, boxes: Tensor, task: TaskSpec) -> tuple[Tensor, ...]:
+        return boxes.split(max(1, ROWS // task.beams))
+
+    def _said(self, tokens: list[int]) -> str:
+        """The text of tokens [L], without BOS, EOS and what follows."""
+        ids, end = tokens[1:-1], self._config.end_token_id
+        return self._texts.decode(ids[: ids.index(end)] if end in ids else ids)
+
+    def _hypotheses(self, scene: Scene, boxes: Tensor, task: TaskSpec) -> tuple[Tensor, Tensor]:
+        """Texts about boxes [R, 4] px of the network input: ids [R, beams, L] and scores [R, beams], best last."""
+        visual = self._prefix(scene, boxes)
+        ids = self._texts.context(task, "")
+        context = self._ids([ids] * len(boxes), len(ids)) if ids else None
         text, end = self._model.text, self._config.end_token_id
         encoded, mask = text.encode(visual, context)
         cross = text.cross_kv(encoded)
@@ -182,12 +226,9 @@ class TorchPredictor:
             return text.step(tokens[:, : position + 1], at, empty, cross, mask)[0]
 
         if task.beams == 1:
-            tokens, _ = decoding.greedy(grown, begin, end)
-        else:
-            beams, _ = decoding.beam_search(whole, begin, task.beams, task.beams_per_node, task.alpha, end)
-            tokens = beams[:, -1]
-        rows = [row[1:-1] for row in tokens.tolist()]
-        return [row[: row.index(end)] if end in row else row for row in rows]
+            tokens, scores = decoding.greedy(grown, begin, end)
+            return tokens[:, None], scores[:, None]
+        return decoding.beam_search(whole, begin, task.beams, task.beams_per_node, task.alpha, end)
 
     def _ids(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
         return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
