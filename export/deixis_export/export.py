@@ -88,7 +88,7 @@ def export_bundle(
         destination: the bundle's directory; it appears only when everything is written and checked.
         tokenizer_json: text of the tokenizer file.
         options: precision and the like.
-        tasks: overrides of the task table (`manifest.default_tasks`).
+        tasks: overrides of the task table (`deixis_train.tasks.default_tasks`).
         documents: MODEL_CARD.md and NOTICE by name.
         source: where the weights come from, for the manifest.
         force: replace an existing bundle.

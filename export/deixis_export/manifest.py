@@ -34,44 +34,10 @@ from deixis.errors import ExportError
 from deixis_train.losses.boxes import DELTA_SCALE, MAX_LOG_SCALE
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
+from deixis_train.tasks import DETECTION_CHOICES, default_tasks
 
 PAD_ID = 0  # of every text head
-TRACE_RULE, REFER_RULE = "begin,end,pad", "^end-1"  # section 8
-REGION_CAPTION_LENGTH = 40  # section 11
 MAX_PICTURES, MAX_ROWS = 16, 128
-# Fields of DetectionSpec that a checkpoint's table of tasks may set, beside those of TaskSpec.
-DETECTION_CHOICES = ("score_threshold", "detection_iou", "max_detections", "join_scores")
-
-
-def default_tasks(config: PixelLLMConfig) -> dict[str, TaskSpec]:
-    """The task table of section 1 with the decoder settings of section 11, bounded by the model's own lengths."""
-    caption = TaskSpec(
-        instruction="A long image caption: ",
-        instruction_tokens=config.context_length,
-        max_length=config.max_caption_length,
-        beams=4,
-        beams_per_node=2,
-        points_at=TRACE_RULE,
-    )
-    region = dataclasses.replace(
-        caption,
-        instruction="an object of ",
-        max_length=min(REGION_CAPTION_LENGTH, config.max_caption_length),
-        beams=1,
-        beams_per_node=1,
-    )
-    tasks = {"caption": caption, "region_caption": region}
-    if config.point_predictor is not None:
-        tasks["trace"] = dataclasses.replace(caption, beams=1, beams_per_node=1)
-        tasks["refer"] = TaskSpec(
-            instruction="where is {text}",
-            instruction_tokens=config.refer_length,
-            max_length=config.refer_length,
-            points_at=REFER_RULE,
-        )
-    if config.box_decoder is not None:
-        tasks["dense_captions"] = region
-    return tasks
 
 
 def detection_spec(

@@ -14,13 +14,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from deixis_export.manifest import REFER_RULE, TRACE_RULE
 from deixis_export.parity.backend import Caption, Floats, Ids, TextPass
 from deixis_export.parity.context import Context, as_floats, as_ids, emitted, rows, scores_of_filled
 from deixis_export.parity.report import CHAIN_TOLERANCE, EXACT, Array, GoldenFile, Report
 from deixis_train.models.decoding import begin_tokens, zero_after_end
 from deixis_train.models.point_head import points_to_box, to_pixels, valid_tokens
 from deixis_train.models.prompt_encoder import corner_prompt
+from deixis_train.tasks import REFER_RULE, TRACE_RULE
 
 Compute = Callable[[], Array]
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deixis_export.manifest import REFER_RULE, TRACE_RULE
 from deixis_export.parity.backend import Floats, Ids, TextPass
 from deixis_export.parity.context import Context, as_floats, as_ids, emitted, part, scores_of_filled
 from deixis_export.parity.report import EXACT, GoldenFile, Report, TorchOnly
@@ -20,6 +19,7 @@ from deixis_train.models.preprocess import Preprocess, padding_mask
 from deixis_train.models.prompt_encoder import NOT_A_POINT, corner_prompt, corners
 from deixis_train.models.resample import resample_matrix, resize
 from deixis_train.models.t5 import relative_buckets
+from deixis_train.tasks import REFER_RULE, TRACE_RULE
 
 POINT_RULES = {"trace": TRACE_RULE, "ref": REFER_RULE, "endonly": "^end", "text": "text", "none": ""}
 
