@@ -17,7 +17,7 @@ from deixis_train.models.pixelllm import PixelLLM
 
 # In the golden file arrays above this many values are stored in fewer bits.
 _COMPACT_VALUES = 4096
-_SAMPLED_VALUES = 16384  # of a larger output only every k-th value is kept, k odd, so that about this many are
+_SAMPLED_VALUES = 4096  # of a larger output only every k-th value is kept, k odd, so that about this many are
 _COARSE_LEVELS = 16
 
 
