@@ -13,10 +13,8 @@ from made_up_data import make_data
 from deixis_train.checkpoint import load_checkpoint
 from deixis_train.cli import main
 from deixis_train.data.formats.errors import DataError
-from deixis_train.models.config import PRESETS, BertTextConfig
 from deixis_train.training.recipe import RecipeError, load_recipe, shipped
 from deixis_train.training.run import Run, train
-from deixis_train.training.vocabulary import build_tokenizer
 
 SMALL = """
 preset = "tiny"
@@ -169,21 +167,6 @@ def test_one_encoder_may_learn_while_features_of_the_other_are_cached(tmp_path: 
     make_data(tmp_path / "data", recipe)
     assert train(Run(recipe, tmp_path / "data", tmp_path / "run"), Accelerator(cpu=True)) is not None
     assert [folder.name[:4] for folder in (tmp_path / "run" / "features" / "images").iterdir()] == ["sam-"]
-
-
-def test_the_other_text_head_trains_with_its_own_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    head = BertTextConfig(vocab=128, emb=PRESETS["tiny"].t5.emb, heads=2, layers=2, mlp=32, max_positions=64)
-    preset = replace(PRESETS["tiny"], bert=head, begin_token_id=101, end_token_id=102)
-    monkeypatch.setitem(PRESETS, "tiny_bert", preset)
-    recipe = load_recipe(written(tmp_path, SMALL.replace('"tiny"', '"tiny_bert"')))
-    make_data(tmp_path / "data", recipe)
-    run = Run(recipe, tmp_path / "data", tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"init\.tokenizer"):
-        train(run, Accelerator(cpu=True))
-    build_tokenizer(["a", "cube", "and", "ball"], 101).save(str(tmp_path / "data" / "words.json"))
-    run = replace(run, recipe=replace(recipe, init=replace(recipe.init, tokenizer="words.json")))
-    assert train(run, Accelerator(cpu=True)) is not None
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def extend_vocabulary(model: PixelLLM, extra: int, generator: torch.Generator | 
     """
     if extra < 1:
         raise ValueError(f"the vocabulary must grow, not by {extra}")
-    text = model.text
+    text = model.t5
     first = text.config.vocab
     embedder, logits = text.token_embedder, text.decoder.logits_dense
     grown_embedder = nn.Embedding(first + extra, text.config.emb)

@@ -7,7 +7,7 @@ L text length.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class PixelLLM(nn.Module):
     `point_predictor` returns.
     """
 
-    text: T5  # or a `BertText`, which has the public members of `T5`; what is T5's alone only training asks for
+    text: T5 | BertText
     point_predictor: PointPredictor | None
     mask_decoder: MaskDecoder | None
     mask_adapter: MaskAdapter | None
@@ -72,7 +72,7 @@ class PixelLLM(nn.Module):
         fused = config.semantic.embed_dim + config.sam.out_chans
         self.prompt_adapter = PromptAdapter(config.prompt_adapter, dim, fused)
         self.visual_projection = VisualProjection(config.prompt_adapter.output_dim, text_dim)
-        self.text = cast(T5, _text_head(config))
+        self.text = _text_head(config)
         self.point_predictor = PointPredictor(config.point_predictor, text_dim) if config.point_predictor else None
         self.mask_decoder = MaskDecoder(config.mask_decoder, dim) if config.mask_decoder else None
         self.mask_adapter = MaskAdapter(config.mask_adapter, dim, text_dim) if config.mask_adapter else None
@@ -81,6 +81,13 @@ class PixelLLM(nn.Module):
         self.box_decoder = None
         if config.box_decoder is not None:
             self.box_decoder = BoxDecoder(config.box_decoder, fused, config.image_size, self.grid)
+
+    @property
+    def t5(self) -> T5:
+        """The text head, for what only T5 can do. Raises ValueError if it is another."""
+        if not isinstance(self.text, T5):
+            raise ValueError(f"the text head of model {self.config.name!r} is not a T5")
+        return self.text
 
     # ---- pictures
 

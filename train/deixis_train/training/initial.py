@@ -79,13 +79,17 @@ def _check_bert(recipe: Recipe) -> None:
         raise RecipeError(
             f"init.tokenizer: the preset {recipe.preset!r} needs the tokenizer.json of its BERT text head"
         )
-    if wanting := [s.name for s in recipe.stages if s.auxiliary.look or s.fused_attention or "lora" in s.train]:
+    for stage in recipe.stages:
+        helped = {"auxiliary.look": stage.auxiliary.look, "auxiliary.match": stage.auxiliary.match}
+        wants = {**helped, "fused_attention": stage.fused_attention, "train 'lora'": "lora" in stage.train}
+        if given := [key for key, value in wants.items() if value]:
+            raise RecipeError(
+                f"stages ({stage.name}): {given[0]} needs a T5; the preset {recipe.preset!r} has a BERT text head"
+            )
+    if recipe.localisation != "regression":
         raise RecipeError(
-            f"stages ({wanting[0]}): look, fused_attention and lora need a T5; preset {recipe.preset!r} has BERT"
-        )
-    if recipe.localisation == "tokens":
-        raise RecipeError(
-            "localisation: 'tokens' enlarges the vocabulary of a T5; the BERT text head has none of its own"
+            f"localisation: {recipe.localisation!r} needs a T5; with the BERT text head of the preset "
+            f"{recipe.preset!r}, say 'regression'"
         )
 
 
@@ -128,6 +132,11 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
         text = (former / TOKENIZER).read_text(encoding="utf-8")
         pieces = Tokenizer.from_str(text).get_vocab_size()
         if named is None and pieces < OF_WORDS:
+            if config.bert is not None:
+                raise RecipeError(
+                    f"init.tokenizer: the vocabulary of a BERT text head takes in no new words; to keep the one of the "
+                    f"checkpoint, name {former / TOKENIZER}"
+                )
             _fresh_rows(model, pieces)
             if not own.exists():
                 text, _ = extend_tokenizer(text, words_of(texts), config.t5.vocab)
@@ -143,7 +152,7 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
     if eva02 is not None:
         load_eva02(eva02, model.semantic_encoder).raise_if_incomplete(eva02)
     if t5 is not None:
-        load_t5(t5, model.text).raise_if_incomplete(t5)
+        load_t5(t5, model.t5).raise_if_incomplete(t5)
     if not own.exists():
         if named is not None:
             _write(own, named.read_text(encoding="utf-8"))
@@ -182,7 +191,7 @@ def _from_checkpoint(model: PixelLLM, path: Path, sam_file: Path | None) -> None
 @torch.no_grad()
 def _fresh_rows(model: PixelLLM, pieces: int) -> None:
     """Rows of pieces that the checkpoint's tokenizer did not have start anew: they had learned never to be said."""
-    text = model.text
+    text = model.t5
     if pieces < text.config.vocab:
         nn.init.normal_(text.token_embedder.weight[pieces:], std=1.0)
         nn.init.normal_(text.decoder.logits_dense.weight[pieces:], std=text.config.emb**-0.5)

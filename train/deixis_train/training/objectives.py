@@ -140,7 +140,7 @@ class Objective:
             stack.enter_context(self._encoder_attention())
             context = batch.context if batch.context.shape[1] else None
             encoded, valid = model.text.encode(visual, context)
-            attention = stack.enter_context(tapped(model.text)) if micro.look is not None else []
+            attention = stack.enter_context(tapped(model.t5)) if micro.look is not None else []
             logits, states = model.text.decode(ids, encoded, valid, with_logits=writes)
         if logits is not None:
             # Where the words are given, only what is said of locations is learned.
@@ -177,7 +177,7 @@ class Objective:
         if not self.stage.fused_attention:
             yield
             return
-        with fused_encoder(self.model.text):
+        with fused_encoder(self.model.t5):
             yield
 
     def _detect(self, features: Tensor, micro: Micro) -> tuple[Terms, Micro]:

@@ -100,7 +100,7 @@ def predict(model: PixelLLM, objective: Objective, micro: Micro, localiser: Loca
     valid_hw = batch.valid_hw[batch.picture]
     edge = valid_hw.flip(-1).repeat(1, 2)
     if localiser is not None:
-        said = say_boxes(model.text, visual, context, batch.text, localiser)
+        said = say_boxes(model.t5, visual, context, batch.text, localiser)
         boxes = torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for box in said]) * edge.cpu()
         return boxes, torch.tensor([box is not None for box in said])
     _, states = model.text.decode(batch.text, *model.text.encode(visual, context), with_logits=False)
