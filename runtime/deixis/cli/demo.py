@@ -6,7 +6,7 @@ import argparse
 import html
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
             scene = model.encode(image)
             encode_ms.append((time.perf_counter() - clock) * 1000)
             print(f"{suggestion.path.name}: encoded in {encode_ms[-1]:.0f} ms", flush=True)
-            _ask_everything(album, suggestion, image, scene)
+            _ask_everything(album, suggestion, image, scene, model.info.tasks)
         about = {"bundle": model.info.name, "device": model.info.device}
     if album.pictures:
         overlay.save_image(folder / "contact_sheet.jpg", overlay.contact_sheet(album.pictures))
@@ -150,7 +150,7 @@ def _pictures_of(root: Path) -> Path:
     return inside if inside.is_dir() or not beside.is_dir() else beside
 
 
-def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scene) -> None:
+def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scene, tasks: Container[str]) -> None:
     stem, path = asked.path.stem, asked.path
 
     def draw_caption(results: Sequence[Any]) -> Picture:
@@ -158,6 +158,9 @@ def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scen
 
     if asked.caption:
         album.add(f"{stem}-caption", "caption", path, lambda: [scene.caption()], draw_caption)
+    if asked.caption and "dense_captions" in tasks:
+        draw_all = partial(overlay.draw_dense_captions, image)
+        album.add(f"{stem}-dense", "dense captions", path, lambda: list(scene.dense_captions(min_score=0.3)), draw_all)
     if asked.trace:
         text = asked.trace
         album.add(
