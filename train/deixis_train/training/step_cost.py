@@ -39,15 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = PRESETS[options.preset]
     with device:
         model = PixelLLM(config)
-    text = "lora" if config.t5.enc_rank else "text"
+    text = "lora" if config.bert is None and config.t5.enc_rank else "text"
     trained = choose_trained(model, [*PARTS, text])
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
     size, rows = config.image_size, options.pictures
     images = torch.rand(rows, size, size, 3, device=device) * 255
     valid_hw = torch.full((rows, 2), float(size), device=device)
-    ids = torch.randint(2, config.t5.vocab, (rows, options.length), device=device)
-    ids = F.pad(ids, (1, 1), value=1)
-    ids[:, 0] = 0
+    begin_id, end_id = config.begin_token_id, config.end_token_id
+    first = max(begin_id, end_id) + 1  # of the words
+    ids = torch.randint(first, config.text.vocab, (rows, options.length), device=device)
+    ids = F.pad(ids, (1, 1), value=end_id)
+    ids[:, 0] = begin_id
+    words = ids >= first
     context = ids[:, 1:9]
     whole = F.pad(valid_hw, (2, 0))
     index = torch.arange(rows, device=device)
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logits, states = model.text.decode(ids, *model.text.encode(visual, context))
             located = to_pixels(model.locate(states.float()), valid_hw)
         assert logits is not None
-        loss = text_loss(logits, ids) + 0.1 * point_loss(located, points, ids > 1, ids > 1)
+        loss = text_loss(logits, ids, end_id=end_id) + 0.1 * point_loss(located, points, words, words)
         loss.item()
         between = time.perf_counter()
         loss.backward()
