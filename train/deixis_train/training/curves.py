@@ -92,9 +92,11 @@ def draw(run: Path, out: Path) -> None:
             panel.grid(alpha=0.3)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize=6, ncols=2)
+            else:
+                panel.set_visible(False)
     figure.tight_layout()
     temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=90, format=out.suffix.lstrip(".") or "png")
+    figure.savefig(temporary, dpi=75, format=out.suffix.lstrip(".") or "png")
     pyplot.close(figure)
     temporary.replace(out)
 
