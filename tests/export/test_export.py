@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_int8_records_what_it_costs(tmp_path: Path) -> None:
 
 def test_golden_vectors_cover_every_tensor(bundle: Bundle) -> None:
     with np.load(bundle.file(bundle.manifest.golden), allow_pickle=False) as arrays:
-        names = set(arrays.files)
+        names = {re.sub(r"/out\[::\d+\]/", "/out/", name) for name in arrays.files}  # large outputs are sampled
     expected = set()
     for role, graph in bundle.manifest.graphs.items():
         expected |= {f"{role}/in/{name}" for name in graph.inputs} | {f"{role}/out/{name}" for name in graph.outputs}
@@ -79,8 +80,8 @@ def test_golden_vectors_cover_every_tensor(bundle: Bundle) -> None:
 def test_very_large_golden_outputs_are_sampled() -> None:
     value = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
     arrays = golden_arrays("role", {}, {"map": value})
-    assert list(arrays) == ["role/out[::7]/map"]
-    np.testing.assert_allclose(arrays["role/out[::7]/map"], value.ravel()[::7].astype(np.float16))
+    assert list(arrays) == ["role/out[::25]/map"]
+    np.testing.assert_allclose(arrays["role/out[::25]/map"], value.ravel()[::25].astype(np.float16))
 
 
 def test_a_graph_that_differs_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
