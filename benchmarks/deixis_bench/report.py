@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def finish(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model, o
         info = model.info
         bundle = {"name": info.name, "device": info.device, "path": info.bundle.name}
         report = {"metrics": metrics, "data": data, "bundle": bundle, "machine": machine()}
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_report(out, report)
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the JSON under a temporary name beside `path`, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

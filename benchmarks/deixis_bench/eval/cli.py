@@ -108,7 +108,8 @@ def _check(root: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from deixis_bench.eval.data import read_pictures
-    from deixis_bench.eval.report import make_report, print_metrics, write_report
+    from deixis_bench.eval.report import make_report, print_metrics
+    from deixis_bench.report import write_report
 
     sources, instances, alignment = _sources(options)
     data: dict[str, Any] = {"folder": (options.data or options.images).resolve().name}

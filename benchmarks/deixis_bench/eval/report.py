@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deixis_bench.report import machine
@@ -45,10 +43,3 @@ def print_metrics(metrics: Mapping[str, Metrics], data: Mapping[str, Any]) -> No
         print(name.ljust(width) + "".join(f"{cell:>10}" for cell in cells))
     for name, value in data.items():
         print(f"{name.ljust(width)}{value}", file=sys.stderr)
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the JSON under a temporary name beside `path`, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from deixis.bundle import sha256_of
 from deixis.errors import DeixisError
 from deixis_train.checkpoint import CONFIG, TOKENIZER, WEIGHTS
+from deixis_train.files import write_text
 from deixis_train.training.recipe import Recipe, RecipeError, load_recipe, recipe_of
 from deixis_train.training.referring import measure
 from deixis_train.training.run import Run, train
@@ -80,10 +81,10 @@ def compare(ablation: Ablation, accelerator: Accelerator) -> dict[str, Any]:
             trained = train(Run(recipe, ablation.data, folder, features, workers=ablation.workers), accelerator)
             assert trained is not None  # no stage is singled out
             found = measure(trained, recipe, ablation.data, features, accelerator.device)
-            _write(folder / RESULT, json.dumps(found, indent=1) + "\n")
+            write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
         values["variants"][name] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        _write(ablation.out / VALUES, json.dumps(values, indent=1) + "\n")
-        _write(ablation.out / TABLE, table(values))
+        write_text(ablation.out / VALUES, json.dumps(values, indent=1) + "\n")
+        write_text(ablation.out / TABLE, table(values))
         print(f"{name}: P@0.5 {values['variants'][name]['P@0.5']:.3f}", flush=True)
     return values
 
@@ -158,13 +159,7 @@ def _agree(path: Path, settings: Mapping[str, Any]) -> None:
             different = ", ".join(key for key in settings if former.get(key) != settings[key])
             raise RecipeError(f"{path.parent} holds a comparison with another {different}; choose another --out")
         return
-    _write(path, json.dumps(settings, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

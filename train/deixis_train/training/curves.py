@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deixis_train.files import replacing
 from deixis_train.training.recipe import RecipeError
 
 SHARES = ("right", "P@0.5", "IoU")  # figures between 0 and 1, which have a panel of their own
@@ -95,10 +96,9 @@ def draw(run: Path, out: Path) -> None:
             else:
                 panel.set_visible(False)
     figure.tight_layout()
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=75, format=out.suffix.lstrip(".") or "png")
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=75, format=out.suffix.lstrip(".") or "png")
     pyplot.close(figure)
-    temporary.replace(out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deixis_train.data.formats.pictures import read_picture
 from deixis_train.data.preparation.geometry import place_fitted
+from deixis_train.files import replacing, write_text
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.models.config import PRESETS
 from deixis_train.models.pixelllm import PixelLLM
@@ -69,15 +70,10 @@ class FeatureStore:
         """Write one more chunk: `values` [n, ...] of n pictures that the store has not yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"chunk-{len(self.chunks):04d}.npy"
-        temporary = self.folder / f".{file}.tmp"
-        with temporary.open("wb") as stream:
+        with replacing(self.folder / file) as temporary, temporary.open("wb") as stream:
             np.save(stream, values, allow_pickle=False)
-        temporary.replace(self.folder / file)
         self._list({"file": file, "pictures": list(names)})
-        text = json.dumps({"chunks": self.chunks}, ensure_ascii=False)
-        temporary = self.folder / f".{INDEX}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / INDEX)
+        write_text(self.folder / INDEX, json.dumps({"chunks": self.chunks}, ensure_ascii=False))
 
     def _list(self, chunk: dict[str, Any]) -> None:
         self.places |= {name: (len(self.chunks), row) for row, name in enumerate(chunk["pictures"])}

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from deixis_train.checkpoint import TOKENIZER, load_checkpoint
+from deixis_train.files import write_text
 from deixis_train.loaders.eva02 import load_eva02
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.loaders.real_weights import default_cache
@@ -141,7 +142,7 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
             if not own.exists():
                 text, _ = extend_tokenizer(text, words_of(texts), config.t5.vocab)
         if named is None and not own.exists():
-            _write(own, text)
+            write_text(own, text)
     if sam_file is not None:
         encoder = model.sam_encoder
         parts = (model.prompt_encoder, model.mask_decoder)
@@ -155,16 +156,10 @@ def start(recipe: Recipe, data: Path, out: Path, texts: Iterable[str]) -> Start:
         load_t5(t5, model.t5).raise_if_incomplete(t5)
     if not own.exists():
         if named is not None:
-            _write(own, named.read_text(encoding="utf-8"))
+            write_text(own, named.read_text(encoding="utf-8"))
         else:
-            _write(own, build_tokenizer(words_of(texts), model.config.t5.vocab).to_str())
+            write_text(own, build_tokenizer(words_of(texts), model.config.t5.vocab).to_str())
     return Start(model, own.read_text(encoding="utf-8"), sam_file, former is not None)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 @torch.no_grad()

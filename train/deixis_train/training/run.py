@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 
 from deixis_train.checkpoint import SAM_PARTS, save_checkpoint
+from deixis_train.files import write_text
 from deixis_train.localisation.vocabulary import add_location_tokens, localiser_of
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.auxiliary import Helpers
@@ -65,9 +66,7 @@ def train(run: Run, accelerator: Accelerator) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     if main:
         text = json.dumps(dataclasses.asdict(recipe), indent=1, ensure_ascii=False)
-        temporary = out / ".recipe.json.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(out / "recipe.json")
+        write_text(out / "recipe.json", text + "\n")
 
     def say(line: str) -> None:
         if main:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deixis_train.files import replacing
+
 
 class StageState:
     """`<out>/<stage>.pt`: what learned, the optimizer and the step. Written under a temporary name, then renamed.
@@ -39,12 +41,10 @@ class StageState:
             "step": step,
             "done": done,
         }
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as stream:
+        with replacing(self.path) as temporary, temporary.open("wb") as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(self.path)
 
 
 class Progress:
