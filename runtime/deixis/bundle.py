@@ -26,7 +26,7 @@ from deixis.errors import BundleFormatError, BundleIntegrityError, BundleNotFoun
 from deixis.schema import build, read_json
 
 FORMAT_NAME = "deixis-bundle"
-FORMAT_VERSION = (1, 1)  # 1.1: `detection`
+FORMAT_VERSION = (1, 2)  # 1.1: `detection`; 1.2: the family "glamm"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_MAX_BYTES = 4 << 20
 
@@ -41,7 +41,7 @@ class Format:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    family: str  # "pixelllm", so far the only one
+    family: str  # "pixelllm" or, since 1.2, "glamm"
     name: str
     revision: int = 1  # of the graph contract of this family
 
@@ -100,7 +100,7 @@ class CacheSpec:
 @dataclass(frozen=True)
 class Caches:
     self_cache: CacheSpec
-    cross_cache: CacheSpec
+    cross_cache: CacheSpec | None  # null where nothing is computed once per prompt: a decoder without an encoder
     default_capacity: int  # tokens; the load option's default
 
 
@@ -111,10 +111,13 @@ class ImageSpec:
     size: int  # side of the square input, px
     # "fit_inside": longest side to `size` (smaller pictures grow), plain bilinear with half-pixel centres and no
     # anti-aliasing; short = floor(size * min / max), long = int(short * (max / min)) in float32 (section 2)
-    resize: Literal["fit_inside"] = "fit_inside"
-    interpolation: Literal["bilinear"] = "bilinear"
-    antialias: Literal[False] = False
-    pad: Literal["right_bottom"] = "right_bottom"
+    # "longest_side" (1.2): both sides int(side * size / longest + 0.5)
+    # "center_crop" (1.2): shortest side to `size`, the other int(size * long / short); then the middle size x size
+    resize: Literal["fit_inside", "longest_side", "center_crop"] = "fit_inside"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    # True (1.2): the filter grows with the reduction, and both passes round to uint8, as Pillow does it
+    antialias: bool = False
+    pad: Literal["right_bottom", "none"] = "right_bottom"
     pad_value: float = 0.0
     channels: Literal["RGB"] = "RGB"
 
@@ -158,6 +161,27 @@ class TaskSpec:
     alpha: float = 0.6  # exponent of the length penalty ((5 + i) / 6) ** alpha
     ban_repeat: bool = True  # greedy only: the previous token is not chosen again at once
     points_at: str = "begin,end,pad"  # positions whose points do not count (section 8); "^" inverts
+
+
+@dataclass(frozen=True)
+class ConversationSpec:
+    """How a conversation about a picture becomes ids (GLaMM section 5). `deixis.conversation` is its reader.
+
+    A prompt is the system text, a space, and for each turn "USER: " + question + " " + "ASSISTANT: " + answer + end.
+    The ids are those of the tokens that text marks stand for.
+    """
+
+    system: str
+    image_sentence: str  # before the first question; holds <image>
+    image_tokens: int  # rows of `features` that stand for <image>
+    begin_id: int
+    end_id: int
+    image_start_id: int
+    image_end_id: int
+    mask_id: int  # [SEG]
+    phrase_start_id: int  # <p>
+    phrase_end_id: int  # </p>
+    region_id: int | None = None  # <bbox>; None: the model takes no boxes
 
 
 @dataclass(frozen=True)
@@ -221,9 +245,12 @@ class Manifest:
     caches: Caches
     image: ImageSpec
     tokenizer: TokenizerSpec
-    location: LocationSpec
-    prompts: PromptSpec
-    tasks: dict[str, TaskSpec]  # "caption", "region_caption", "trace", "refer", "dense_captions"
+    location: LocationSpec | None  # null when words have no places
+    prompts: PromptSpec | None  # null without a prompt extractor
+    # pixelllm: "caption", "region_caption", "trace", "refer", "dense_captions"
+    # glamm: "caption", "region_caption", "refer", "grounded_caption", "ground_phrases", "ask"; there `instruction` is
+    # the question, `instruction_tokens` the most tokens of one, `max_length` the most tokens of an answer
+    tasks: dict[str, TaskSpec]
     mask: MaskSpec
     parity: dict[str, ParityRecord]
     # npz of golden vectors: "<role>/in/<name>" and "<role>/out/<name>"; "<role>/out[::k]/<name>" holds every k-th value
@@ -231,11 +258,14 @@ class Manifest:
     golden: str
     provenance: Provenance
     detection: DetectionSpec | None = None  # since 1.1; with the graphs box_proposals and box_refine
+    conversation: ConversationSpec | None = None  # since 1.2; of the family glamm
+    global_image: ImageSpec | None = None  # since 1.2; what the global encoder of glamm sees, `image` being masks' input
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        if self.detection is None:  # a runtime of 1.0 does not know the field
-            del values["detection"]
+        for name in ("detection", "conversation", "global_image"):  # an older runtime does not know the field
+            if values[name] is None:
+                del values[name]
         return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -412,13 +442,14 @@ def _check_references(manifest: Manifest) -> list[str]:
         for name, d in manifest.dims.items()
         if not 1 <= d.min <= d.opt <= d.max
     ]
+    cross = manifest.caches.cross_cache
     positive = {
         "image.size": manifest.image.size,
         "caches.default_capacity": manifest.caches.default_capacity,
         **{f"caches.self_cache.{k}": getattr(manifest.caches.self_cache, k) for k in ("layers", "heads", "head_dim")},
-        **{f"caches.cross_cache.{k}": getattr(manifest.caches.cross_cache, k) for k in ("layers", "heads", "head_dim")},
+        **{f"caches.cross_cache.{k}": getattr(cross, k) for k in ("layers", "heads", "head_dim") if cross is not None},
         "tokenizer.vocab_size": manifest.tokenizer.vocab_size,
-        "location.points_per_token": manifest.location.points_per_token,
+        **({} if manifest.location is None else {"location.points_per_token": manifest.location.points_per_token}),
         **{f"tasks.{k}.max_length": t.max_length for k, t in manifest.tasks.items()},
         **{f"tasks.{k}.beams": t.beams for k, t in manifest.tasks.items()},
         **{f"tasks.{k}.beams_per_node": t.beams_per_node for k, t in manifest.tasks.items()},

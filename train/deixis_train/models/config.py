@@ -208,10 +208,14 @@ class PixelLLMConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> PixelLLMConfig:
         """Build from `to_dict` output or JSON of it. An unknown key raises ValueError naming it."""
-        return _build(PixelLLMConfig, values)
+        return build_config(PixelLLMConfig, values)
 
 
-def _build(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+def build_config(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """A configuration dataclass from the dictionary that `dataclasses.asdict` made of it, or JSON of that.
+
+    Raises ValueError naming an unknown key.
+    """
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
@@ -224,7 +228,7 @@ def _build(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
             fits = [t for t in options if set(value) <= {f.name for f in dataclasses.fields(t)}]  # type: ignore[arg-type]
             if not fits:
                 raise ValueError(f"{where}.{key}: no known part has the keys {sorted(value)}")
-            value = _build(fits[0], value, f"{where}.{key}")
+            value = build_config(fits[0], value, f"{where}.{key}")
         elif isinstance(value, list):
             value = tuple(value)
         built[key] = value

@@ -1,0 +1,1 @@
+"""GLaMM in PyTorch, part by part; sizes in `config`, put together in `glamm`."""
