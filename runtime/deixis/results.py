@@ -84,7 +84,7 @@ class Caption:
             "score": _number(self.score),
             "ids": [int(i) for i in self.ids],
             "finished": bool(self.finished),
-            "box": None if self.box is None else _numbers(self.box),
+            "box": _box_values(self.box),
         }
 
 
@@ -191,21 +191,80 @@ class Mask:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The place of a phrase: its box, and its mask unless it was not asked for. score: the mask decoder's
-    predicted IoU, None without a mask.
+    """The place of a phrase: its box, and its mask unless it was not asked for.
+
+    Both are None when a model that may stay silent showed nothing; box alone is None when it showed an empty mask.
+    score: the mask decoder's predicted IoU, None without a mask.
     """
 
     text: str
-    box: Box
+    box: Box | None
     mask: Mask | None = None
     score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "text": self.text,
-            "box": _numbers(self.box),
+            "box": _box_values(self.box),
             "mask": None if self.mask is None else self.mask.to_dict(),
             "score": _number(self.score),
+        }
+
+
+@dataclass(frozen=True)
+class GroundedPhrase:
+    """A phrase of a text and what it means in the picture.
+
+    text: the phrase. start, end: its span of characters in the whole text, which is exactly `text`. mask: None when the
+    model gave none for it. box: tightest around the mask, None without one or when it is empty. score: the mask
+    decoder's predicted IoU, None without a mask.
+    """
+
+    text: str
+    start: int
+    end: int
+    mask: Mask | None = None
+    box: Box | None = None
+    score: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "start": self.start,
+            "end": self.end,
+            "mask": None if self.mask is None else self.mask.to_dict(),
+            "box": _box_values(self.box),
+            "score": _number(self.score),
+        }
+
+
+@dataclass(frozen=True)
+class GroundedText:
+    """A text whose phrases carry masks.
+
+    text: without any marks. phrases: in reading order; they do not overlap. masks: those that the model gave outside of
+    any phrase ("Sure, it is this."), in the order given. problems: what was wrong with the marks that the model wrote,
+    one line each; everything else of the answer is still there. score: log-probability per token, None for a text that
+    was given. ids: the generated token ids, marks included, the end not. finished: False when its length cut it off.
+    """
+
+    text: str
+    phrases: tuple[GroundedPhrase, ...] = ()
+    masks: tuple[Mask, ...] = ()
+    problems: tuple[str, ...] = ()
+    score: float | None = None
+    ids: tuple[int, ...] = ()
+    finished: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "phrases": [phrase.to_dict() for phrase in self.phrases],
+            "masks": [mask.to_dict() for mask in self.masks],
+            "problems": list(self.problems),
+            "score": _number(self.score),
+            "ids": [int(i) for i in self.ids],
+            "finished": bool(self.finished),
         }
 
 
@@ -221,12 +280,16 @@ class Segment:
         return {
             "mask": self.mask.to_dict(),
             "score": _number(self.score),
-            "box": None if self.box is None else _numbers(self.box),
+            "box": _box_values(self.box),
         }
 
 
 def _number(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _box_values(box: Box | None) -> list[float] | None:
+    return None if box is None else _numbers(box)
 
 
 def _numbers(values: tuple[float, ...]) -> list[float] | None:
