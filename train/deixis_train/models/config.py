@@ -123,6 +123,7 @@ class MaskDecoderConfig:
     num_multimask_outputs: int = 3
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
+    mask_head_hidden_dim: int | None = None  # None: that of the IoU head, as in PixelLLM. SAM takes its width.
     transformer_depth: int = 2
     num_heads: int = 8
     mlp_dim: int = 2048

@@ -50,11 +50,11 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(dim // 4, dim // 8, 2, stride=2),
             nn.GELU(),
         )
-        hidden = config.iou_head_hidden_dim  # of both kinds of heads; equal to `dim` in the published SAM
+        hidden = config.mask_head_hidden_dim or config.iou_head_hidden_dim  # all the same in the published SAM
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(dim, hidden, dim // 8, self.HYPERNETWORK_DEPTH) for _ in range(self.num_masks)
         )
-        self.iou_prediction_head = MLP(dim, hidden, self.num_masks, config.iou_head_depth)
+        self.iou_prediction_head = MLP(dim, config.iou_head_hidden_dim, self.num_masks, config.iou_head_depth)
 
     def forward(self, sparse: Tensor, image: Tensor, image_pe: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Decode the masks of every prompt.

@@ -16,6 +16,7 @@ from deixis_train.models.bert_text import BertText
 from deixis_train.models.box_decoder import BoxDecoder, Detections
 from deixis_train.models.config import PixelLLMConfig, SamVitConfig, T5Config
 from deixis_train.models.eva02 import Eva02
+from deixis_train.models.layers import init_heads, init_vit
 from deixis_train.models.mask import MaskAdapter, MaskDecoder
 from deixis_train.models.point_head import PointPredictor
 from deixis_train.models.preprocess import Preprocess
@@ -202,14 +203,9 @@ class PixelLLM(nn.Module):
         keep the variance instead (Xavier). The text model and TinyViT bring their own.
         """
         for encoder in (self.semantic_encoder, self.sam_encoder):
-            if isinstance(encoder, TinyVit):
-                continue
-            for module in encoder.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-            nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+            if not isinstance(encoder, TinyVit):
+                init_vit(encoder)
+                nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.semantic_encoder.cls_token, std=0.02)
 
         heads = (
@@ -220,10 +216,8 @@ class PixelLLM(nn.Module):
             self.mask_decoder,
         )
         for part in heads:
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
+            if part is not None:
+                init_heads(part)
         nn.init.normal_(self.prompt_adapter.output_tokens)
         bound = (6 / sum(self.prompt_adapter.output_weight.shape[1:])) ** 0.5
         nn.init.uniform_(self.prompt_adapter.output_weight, -bound, bound)

@@ -23,52 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deixis_train.models.config import T5Config
+from deixis_train.models.layers import LoraLinear, RMSNorm, merge_lora, projection
 from deixis_train.models.text_rows import KeyValue, additive, group_rows, ungroup_rows
-
-
-class LoraLinear(nn.Module):
-    """y = x (W + s A B), without bias. `weight` is [out, in], `lora_a` [in, rank], `lora_b` [rank, out].
-
-    The scale s multiplies directly; it is not divided by the rank (section 7).
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.scale = in_features, out_features, scale
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.lora_a = nn.Parameter(torch.empty(in_features, rank))
-        self.lora_b = nn.Parameter(torch.zeros(rank, out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + (x @ self.lora_a @ self.lora_b) * self.scale
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The same function as one plain matrix."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=False, device=self.weight.device, dtype=self.weight.dtype
-        )
-        linear.weight.copy_(self.weight + self.scale * (self.lora_a @ self.lora_b).T)
-        linear.weight.requires_grad_(self.weight.requires_grad)
-        return linear
-
-
-def _projection(in_features: int, out_features: int, rank: int, scale: float) -> nn.Module:
-    if rank:
-        return LoraLinear(in_features, out_features, rank, scale)
-    return nn.Linear(in_features, out_features, bias=False)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight, statistics in float32."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance = x.float().pow(2).mean(-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(variance + 1e-6)).to(x.dtype)
 
 
 def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
@@ -117,9 +73,9 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads, self.head_dim = config.heads, config.head_dim
-        self.query = _projection(config.emb, inner, rank, scale)
+        self.query = projection(config.emb, inner, rank, scale)
         self.key = nn.Linear(config.emb, inner, bias=False)
-        self.value = _projection(config.emb, inner, rank, scale)
+        self.value = projection(config.emb, inner, rank, scale)
         self.out = nn.Linear(inner, config.emb, bias=False)
         self.dropout = nn.Dropout(dropout)
 
@@ -379,10 +335,7 @@ class T5(nn.Module):
 
     def merge_lora(self) -> T5:
         """Fold every A B product into its matrix, in place; the function stays the same. Returns self."""
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoraLinear):
-                    setattr(module, name, child.merged())
+        merge_lora(self)
         return self
 
     @torch.no_grad()

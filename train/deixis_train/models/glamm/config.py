@@ -48,6 +48,11 @@ class ClipConfig:
         """Image tokens of a picture, the class token left out."""
         return self.grid * self.grid
 
+    @property
+    def selected(self) -> int:
+        """`select_layer` counted from the front: how many blocks are computed."""
+        return self.select_layer % (self.depth + 1)
+
 
 @dataclass(frozen=True)
 class RegionConfig:
@@ -78,6 +83,7 @@ class LlamaConfig:
     tied: bool = False  # the vocabulary head is the embedding table
     lora_rank: int = 0  # on query and value projections while training (section 9.3)
     lora_scale: float = 2.0
+    lora_dropout: float = 0.05  # of what the factors see
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,22 @@ class GlammConfig:
     pixel_std_clip: tuple[float, ...] = OPENAI_STD
     pixel_mean_sam: tuple[float, ...] = IMAGENET_MEAN
     pixel_std_sam: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def region_layers(self) -> tuple[int, ...]:
+        """Hidden states of CLIP that the region encoder reads, shallow first: every third up to the selected one.
+
+        Empty without region encoder. Raises ValueError if CLIP is not deep enough.
+        """
+        if self.region is None:
+            return ()
+        layers = tuple(range(self.clip.selected, -1, -3))[: self.region.levels]
+        if len(layers) < self.region.levels:
+            raise ValueError(
+                f"model {self.name!r}: hidden state {self.clip.selected} of CLIP has only {len(layers)} levels up to "
+                f"it, the region encoder wants {self.region.levels}"
+            )
+        return layers[::-1]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
