@@ -1,4 +1,4 @@
-"""METEOR and CIDEr of texts as the COCO captions are judged, through pycocoevalcap (section 15).
+"""METEOR, CIDEr, BLEU and ROUGE-L of texts as the COCO captions are judged, through pycocoevalcap (section 15).
 
 Its tokenizer and METEOR 1.5 are Java programs. CIDEr takes its document frequencies from the references given.
 """
@@ -44,7 +44,7 @@ def caption_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]
 
     Raises EvaluationError: nothing to judge, a text without references, no Java runtime, or one that fails.
     """
-    found, wanted = _tokenized(predicted, references)
+    found, wanted = tokenized(predicted, references)
     from pycocoevalcap.cider.cider import Cider
 
     cider, ciders = Cider().compute_score(wanted, found)
@@ -54,14 +54,25 @@ def caption_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]
 
 def meteor_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
     """METEOR of each of N texts [N]; errors as in `caption_scores`."""
-    found, wanted = _tokenized(predicted, references)
+    found, wanted = tokenized(predicted, references)
     return _meteor(wanted, found)[1]
 
 
-def _tokenized(
+def overlap_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-1 to BLEU-4 and ROUGE-L of N texts as a set, by name; errors as in `caption_scores`."""
+    found, wanted = tokenized(predicted, references)
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
+    rouge, _ = Rouge().compute_score(wanted, found)
+    return {**{f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}, "ROUGE-L": float(rouge)}
+
+
+def tokenized(
     predicted: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Both sides by number, through the Penn Treebank tokenizer."""
+    """Both sides by number, through the Penn Treebank tokenizer; errors as in `caption_scores`."""
     if not predicted or len(predicted) != len(references):
         raise EvaluationError(f"{len(predicted)} texts and {len(references)} sets of references cannot be judged")
     for text, texts in zip(predicted, references, strict=True):
