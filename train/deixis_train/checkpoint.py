@@ -1,4 +1,4 @@
-"""Our own checkpoint: a directory of `config.json`, `model.safetensors` and `tokenizer.json`.
+"""Our own checkpoint of either family: a directory of `config.json`, `model.safetensors` and `tokenizer.json`.
 
 Parts that were never trained (SAM's encoder, say) may be left out. The configuration then records the file that they
 come from, and loading takes them from that file: a published checkpoint, or a safetensors file with our own names.
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deixis.bundle import sha256_of
 from deixis_train.loaders.mobile_sam import load_mobile_sam
@@ -27,6 +27,8 @@ from deixis_train.loaders.real_weights import default_cache
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.loaders.sam import load_sam
 from deixis_train.models.config import PixelLLMConfig, SamVitConfig
+from deixis_train.models.glamm.config import GlammConfig
+from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.sam_vit import SamVit
 from deixis_train.models.tiny_vit import TinyVit
@@ -38,6 +40,7 @@ DOCUMENTS = ("MODEL_CARD.md", "NOTICE")
 SAM_PARTS = ("sam_encoder", "prompt_encoder", "mask_decoder")
 
 Dtype = Literal["fp32", "fp16"]
+Family = Literal["pixelllm", "glamm"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,10 @@ class Checkpoint:
     """A loaded checkpoint. `model` is in evaluation mode and float32.
 
     tasks: overrides of the bundle's task table, by task name and field. documents: text of the model card and the
-    notice.
+    notice. `pixelllm` and `glamm` are the model where one family is needed; the other raises CheckpointError.
     """
 
-    model: PixelLLM
+    model: PixelLLM | Glamm
     tokenizer_json: str
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, str] = field(default_factory=dict)
@@ -65,13 +68,34 @@ class Checkpoint:
     frozen: FrozenSource | None = None
 
     @property
-    def config(self) -> PixelLLMConfig:
+    def config(self) -> PixelLLMConfig | GlammConfig:
         return self.model.config
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model)
+
+    @property
+    def pixelllm(self) -> PixelLLM:
+        if isinstance(self.model, PixelLLM):
+            return self.model
+        raise CheckpointError(f"{self.source or 'checkpoint'}: of the family {self.family}; this needs a pixelllm")
+
+    @property
+    def glamm(self) -> Glamm:
+        if isinstance(self.model, Glamm):
+            return self.model
+        raise CheckpointError(f"{self.source or 'checkpoint'}: of the family {self.family}; this needs a glamm")
+
+
+def family_of(model: PixelLLM | Glamm) -> Family:
+    """The name that `config.json` and the manifest of a bundle give the model's kind."""
+    return "glamm" if isinstance(model, Glamm) else "pixelllm"
 
 
 def save_checkpoint(
     directory: str | os.PathLike[str],
-    model: PixelLLM,
+    model: PixelLLM | Glamm,
     tokenizer_json: str,
     tasks: Mapping[str, Mapping[str, Any]] | None = None,
     *,
@@ -113,6 +137,7 @@ def save_checkpoint(
     values: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "family": family_of(model),
         "dtype": dtype,
         "model": model.config.to_dict(),
         "tokenizer": TOKENIZER,
@@ -150,8 +175,7 @@ def load_checkpoint(directory: str | os.PathLike[str], frozen_from: str | os.Pat
     root = Path(directory)
     values = _read_config(root)
     try:
-        config = PixelLLMConfig.from_dict(values["model"])
-        model = PixelLLM(config)
+        model = _build(values)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{root / CONFIG}: not a configuration that this version builds: {error}") from None
     omitted = values.get("omitted") or {}
@@ -228,8 +252,17 @@ def _read_config(root: Path) -> dict[str, Any]:
     return values
 
 
+def _build(values: dict[str, Any]) -> PixelLLM | Glamm:
+    family = values.get("family", "pixelllm")  # checkpoints made before there were families do not say
+    if family == "pixelllm":
+        return PixelLLM(PixelLLMConfig.from_dict(values["model"]))
+    if family == "glamm":
+        return Glamm(GlammConfig.from_dict(values["model"]))
+    raise ValueError(f"there is no family {family!r}")
+
+
 @torch.no_grad()
-def _fill(model: PixelLLM, path: Path, wanted: Callable[[str], bool], *, whole: bool) -> None:
+def _fill(model: nn.Module, path: Path, wanted: Callable[[str], bool], *, whole: bool) -> None:
     """Copy the tensors whose names are `wanted` from a safetensors file with our names; all of them must be there.
 
     With `whole` the file may hold nothing else.
@@ -258,7 +291,9 @@ def _require(good: bool, path: Path, text: str, names: list[str]) -> None:
         raise CheckpointError(f"{path}: {text} {names[0]}{more}")
 
 
-def _fill_frozen(model: PixelLLM, parts: tuple[str, ...], root: Path, source: FrozenSource, given: Path | None) -> None:
+def _fill_frozen(
+    model: PixelLLM | Glamm, parts: tuple[str, ...], root: Path, source: FrozenSource, given: Path | None
+) -> None:
     unknown = [part for part in parts if getattr(model, part, None) is None]
     if unknown:
         raise CheckpointError(f"{root / CONFIG}: omits {unknown[0]}, which the model does not have")
