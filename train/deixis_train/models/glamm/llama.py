@@ -7,7 +7,8 @@ values, Dh head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,12 @@ from deixis_train.models.layers import LoraLinear, RMSNorm, merge_heads, merge_l
 from deixis_train.models.text_rows import KeyValue, additive
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position code in the half-split form: channel i pairs with i + Dh / 2.
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
+    """Rotary position code in the half-split form: channel i pairs with i + `half`, which is Dh / 2.
 
     x [R, H, S, Dh], cosine and sine [S, Dh] -> [R, H, S, Dh].
     """
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+    return x * cosine + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sine
 
 
 class LlamaAttention(nn.Module):
@@ -44,7 +44,9 @@ class LlamaAttention(nn.Module):
         """x [R, S, D] -> rotated queries [R, H, S, Dh], rotated keys and values [R, Hkv, S, Dh]."""
         query = split_heads(self.q_proj(x), self.heads)
         key = split_heads(self.k_proj(x), self.kv_heads)
-        return rotate(query, cosine, sine), rotate(key, cosine, sine), split_heads(self.v_proj(x), self.kv_heads)
+        value = split_heads(self.v_proj(x), self.kv_heads)
+        half = self.head_dim // 2
+        return rotate(query, cosine, sine, half), rotate(key, cosine, sine, half), value
 
     def group(self, query: Tensor) -> Tensor:
         """[R, H, S, Dh] -> [R, Hkv, H / Hkv, S, Dh]: adjacent heads share their keys and values."""
@@ -185,14 +187,14 @@ class Llama(nn.Module):
         positions = position.reshape(1) + torch.arange(length, device=embeds.device)
         # Only what is written is attended to, so the cost follows the position and not the capacity.
         end = positions[-1] + 1
-        keys = torch.arange(end, device=embeds.device)
+        keys = torch.arange(cache[0][0].shape[2], device=embeds.device)[:end]
         bias = additive(keys[None, :] <= positions[:, None], embeds.dtype)
         cosine, sine = self._rotation(positions, embeds.dtype)
         # One index for all layers. A scatter becomes one ONNX node that can write in place; index_copy becomes two.
         slots = positions[:, None].expand(rows, self.config.kv_heads, length, self.config.head_dim)
         x = embeds
         written: list[KeyValue] = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
+        for layer, layer_cache in zip(cast(Iterable[LlamaBlock], self.layers), cache, strict=True):
             x, layer_cache = layer.step(x, layer_cache, slots, end, bias, cosine, sine)
             written.append(layer_cache)
         return self.norm(x), written

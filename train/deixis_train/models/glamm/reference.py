@@ -66,9 +66,9 @@ def embed_index(expanded: Tensor, region_id: int, regions: int) -> Tensor:
     if regions and int(region.sum()) > regions:
         raise ValueError(f"the text mentions {int(region.sum())} regions, but {regions} were given")
     index = torch.full_like(expanded, -1)
-    index[image] = torch.arange(int(image.sum()))
+    index[image] = torch.arange(int(image.sum()), device=index.device)
     if regions:
-        index[region] = int(image.sum()) + torch.arange(int(region.sum()))
+        index[region] = int(image.sum()) + torch.arange(int(region.sum()), device=index.device)
     return index
 
 
@@ -83,7 +83,7 @@ def visual_embeddings(model: Glamm, picture: Picture, boxes: Tensor | None = Non
     features, levels = model.encode_global(picture.global_image)
     visual = features[0]
     if boxes is not None and len(boxes):
-        index = torch.zeros(len(boxes), dtype=torch.int64)
+        index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         visual = torch.cat([visual, model.encode_regions(levels, boxes, index)])
     return visual
 
@@ -118,7 +118,7 @@ def teacher_forced(model: Glamm, ids: Sequence[int], picture: Picture, boxes: Te
 def _states(model: Glamm, ids: Sequence[int], visual: Tensor) -> Tensor:
     """States of all expanded positions [L, D]."""
     tokens = model.config.clip.tokens
-    expanded = expand_ids(ids, tokens)
+    expanded = expand_ids(ids, tokens).to(visual.device)
     index = embed_index(expanded, model.config.ids.region, len(visual) - tokens)
     return model.llama(model.splice(expanded[None], visual, index[None]))[0]
 
@@ -127,7 +127,7 @@ def _with_masks(model: Glamm, ids: Sequence[int], visual: Tensor, picture: Pictu
     positions = mask_positions(expand_ids(ids, model.config.clip.tokens), model.config.ids.mask)
     states = _states(model, ids, visual)[positions]
     sam = model.encode_grounding(picture.image, picture.valid_hw)
-    logits, iou = model.decode_masks(states, sam, torch.zeros(len(states), dtype=torch.int64))
+    logits, iou = model.decode_masks(states, sam, torch.zeros(len(states), dtype=torch.int64, device=sam.device))
     return GenerateResult(torch.tensor(ids), positions, states, logits, iou)
 
 

@@ -96,10 +96,11 @@ class RegionHead(nn.Module):
 
     def forward(self, levels: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """Fused maps, boxes [K, 4] as fractions and their pictures [K] int64 -> [K, out_dim]."""
-        first, *others = [
-            conv(crop) for conv, crop in zip(self.pconvs, self.crops(levels, boxes, image_index), strict=True)
-        ]
-        total = F.relu(sum(others, first))
+        crops = self.crops(levels, boxes, image_index)
+        total = self.pconvs[0](crops[0])
+        for conv, crop in zip(self.pconvs[1:], crops[1:], strict=True):
+            total = total + conv(crop)
+        total = F.relu(total)
         hidden = self.flatten_linear(total.flatten(1)) + self.pos_embedd(boxes.to(total.dtype))
         return self.updims(hidden)
 
