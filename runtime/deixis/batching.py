@@ -42,7 +42,7 @@ def group_indices(keys: Iterable[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def chunk_rows(scenes: Sequence[SceneFeatures], rows: int, pictures: int) -> list[list[int]]:
+def chunk_rows(scenes: Sequence[object], rows: int, pictures: int) -> list[list[int]]:
     """Indices in runs of at most `rows`, of at most `pictures` different scenes each."""
     chunks: list[list[int]] = []
     seen: set[int] = set()
@@ -56,9 +56,7 @@ def chunk_rows(scenes: Sequence[SceneFeatures], rows: int, pictures: int) -> lis
     return chunks
 
 
-def stack_scenes(
-    scenes: Sequence[SceneFeatures], get: Callable[[SceneFeatures], Floats]
-) -> tuple[Floats, NDArray[np.int64]]:
+def stack_scenes(scenes: Sequence[T], get: Callable[[T], Floats]) -> tuple[Floats, NDArray[np.int64]]:
     """One map per different scene [B, ...], and which of them each row looks at [R]. A single scene is not copied."""
     groups = group_indices(id(scene) for scene in scenes)
     index = np.empty(len(scenes), np.int64)

@@ -1,6 +1,7 @@
 """Keys and values of the decoder, and the state of one generation.
 
-SelfCache: self-attention, one row per hypothesis, allocated once at its capacity and written in place by the graph.
+SelfCache: self-attention, one row per hypothesis, written in place by the graph; it is allocated at its capacity, which
+may grow.
 CrossCache: the encoder's output as each decoder layer sees it, one row per prompt, computed once.
 """
 
@@ -61,6 +62,18 @@ class SelfCache:
         self.capacity = capacity
         self.position = 0
 
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in new arrays: what is bound to a graph has to be bound anew."""
+        filled = self.position
+
+        def larger(old: NDArray[np.generic]) -> NDArray[np.generic]:
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, :filled] = old[:, :, :filled]
+            return new
+
+        self.keys, self.values = tuple(map(larger, self.keys)), tuple(map(larger, self.values))
+        self.capacity = capacity
+
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._arrays())
@@ -110,34 +123,46 @@ class DecodeState:
         return cls(cross, SelfCache(spec, cross.rows * beams, capacity))
 
 
-class StepDecoder:
-    """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`).
+class StepGraph:
+    """The decoder-step graph tied to a self cache, for `width` ids a row at once: 1 when generating, more to prefill.
 
-    All arrays are bound once; a step writes ids and position in place and runs. The returned arrays are reused by the
-    next step.
+    All arrays are bound once; a run writes ids and position in place. `given`: the graph's other inputs; `more`: the
+    outputs wanted beside the logits, which every run overwrites.
     """
 
-    def __init__(self, engine: Engine, state: DecodeState, vocabulary: int, points: int) -> None:
-        rows = state.self_cache.rows
-        self.state = state
-        self._ids = np.zeros((rows, 1), np.int64)
+    def __init__(
+        self, engine: Engine, cache: SelfCache, width: int, vocabulary: int, given: Arrays, more: Arrays
+    ) -> None:
+        self.cache = cache
+        self._ids = np.zeros((cache.rows, width), np.int64)
         self._position = np.zeros(1, np.int64)
-        self._logits = np.zeros((rows, vocabulary), np.float32)
-        self._locations = np.zeros((rows, 1, points, 2), np.float32)
-        cache = state.self_cache
-        inputs = {"ids": self._ids, "position": self._position, **state.cross.inputs(), **cache.inputs()}
+        self._logits = np.zeros((cache.rows, vocabulary), np.float32)
+        inputs = {"ids": self._ids, "position": self._position, **given, **cache.inputs()}
+        self._run = engine.bind("decoder_step", inputs, {"logits": self._logits, **more, **cache.outputs()})
+
+    def run(self, ids: NDArray[np.int64]) -> Floats:
+        """Consume ids [R, width]. Returns logits [R, V] of what follows the last. Raises ValueError when the cache is
+        full.
+        """
+        self._ids[...] = ids
+        self._position[0] = self.cache.position
+        self.cache.advance(self._ids.shape[1])
+        self._run()
+        return self._logits
+
+
+class StepDecoder:
+    """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`)."""
+
+    def __init__(self, engine: Engine, state: DecodeState, vocabulary: int, points: int) -> None:
+        self.state = state
+        self._locations = np.zeros((state.self_cache.rows, 1, points, 2), np.float32)
         places = {"locations": self._locations} if points else {}  # without a location head the graph has none
-        outputs = {"logits": self._logits, **places, **cache.outputs()}
-        self._run = engine.bind("decoder_step", inputs, outputs)
+        self._graph = StepGraph(engine, state.self_cache, 1, vocabulary, state.cross.inputs(), places)
 
     def step(self, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Consume ids [R]. Returns logits [R, V] and locations [R, points, 2]."""
-        cache = self.state.self_cache
-        self._ids[:, 0] = ids
-        self._position[0] = cache.position
-        cache.advance()
-        self._run()
-        return self._logits, self._locations[:, 0]
+        """Consume ids [R]. Returns logits [R, V] and locations [R, points, 2]; the next step overwrites both."""
+        return self._graph.run(ids[:, None]), self._locations[:, 0]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         self.state.self_cache.reorder(rows)

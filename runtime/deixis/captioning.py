@@ -104,7 +104,7 @@ def decode_rules(pipeline: Pipeline, task: TaskSpec, options: DecodeOptions) -> 
 
 def _tokens(pipeline: Pipeline, scene: SceneFeatures, prompt: Prompt) -> PromptTokens:
     pipeline.require(task_name(prompt))
-    return pipeline.checked(prompt_tokens(prompt, scene.geometry, pipeline.manifest.prompts))
+    return pipeline.checked(prompt_tokens(prompt, scene.geometry, pipeline.prompts))
 
 
 def start_decoder(

@@ -107,7 +107,7 @@ def _choose(
         scores.append(score)
         boxes.append(original)
         # The prompt is the detector's own box, as in training, also where it reaches into the padding.
-        tokens.append(pipeline.checked(region_tokens(box, original, pipeline.manifest.prompts)))
+        tokens.append(pipeline.checked(region_tokens(box, original, pipeline.prompts)))
         if len(boxes) == limit:
             break
     return _Objects(np.array(scores, np.float32), tokens, boxes)

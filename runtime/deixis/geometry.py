@@ -8,6 +8,7 @@ left corner of the square input; each axis has its own ratio, because both sides
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +39,28 @@ def fit_inside(original: tuple[int, int], size: int) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
+def longest_side(original: tuple[int, int], size: int) -> tuple[int, int]:
+    """Size (height, width) px of a picture of `original` (height, width) px whose longest side becomes `size`.
+
+    Both sides are int(side * scale + 0.5), as SAM's own preparation has it (GLaMM section 2.2); here none becomes 0.
+    """
+    scale = size / max(original)
+    height, width = (max(1, int(side * scale + 0.5)) for side in original)
+    return height, width
+
+
+def center_crop(original: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[slice, slice]]:
+    """How a picture of `original` (height, width) px fills a square of `size` px (GLaMM section 2.1).
+
+    Returns the size (height, width) to resize to, its shortest side `size` and the other int(size * long / short), and
+    the rows and columns of the middle square. Of a long picture the ends are lost.
+    """
+    shortest = min(original)
+    height, width = (size if side == shortest else int(size * side / shortest) for side in original)
+    top, left = (height - size) // 2, (width - size) // 2
+    return (height, width), (slice(top, top + size), slice(left, left + size))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where one picture lies in the network input. All sizes are (height, width) in px.
@@ -51,9 +74,14 @@ class Geometry:
     size: int
 
     @classmethod
-    def of(cls, original: tuple[int, int], size: int) -> Geometry:
-        """Geometry of a picture of `original` (height, width) px in an input of side `size` px."""
-        return cls(original, fit_inside(original, size), size)
+    def of(
+        cls, original: tuple[int, int], size: int, resize: Literal["fit_inside", "longest_side"] = "fit_inside"
+    ) -> Geometry:
+        """Geometry of a picture of `original` (height, width) px in an input of side `size` px, resized by a rule of
+        `ImageSpec.resize`.
+        """
+        rule = fit_inside if resize == "fit_inside" else longest_side
+        return cls(original, rule(original, size), size)
 
     @property
     def scale(self) -> tuple[float, float]:

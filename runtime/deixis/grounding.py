@@ -126,7 +126,7 @@ def _forced(
     check: Check,
 ) -> tuple[Floats, Floats, Floats]:
     """Visual prefix [N, Q, D], features [N, L, D] and locations [N, L, points, 2] of given ids over whole pictures."""
-    whole = [prompt_tokens(Prompt(), scene.geometry, pipeline.manifest.prompts) for scene in scenes]
+    whole = [prompt_tokens(Prompt(), scene.geometry, pipeline.prompts) for scene in scenes]
     contexts = [pipeline.context_ids(task, text) for text in texts]
     check()
     prefix = pipeline.prefix(scenes, whole)

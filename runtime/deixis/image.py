@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from deixis import resample
 from deixis.bundle import ImageSpec
 from deixis.errors import ImageError
 from deixis.exif import orientation_of, turn
-from deixis.geometry import Geometry
+from deixis.geometry import Geometry, center_crop
 
 Channels = Literal["RGB", "BGR", "RGBA", "BGRA", "GRAY"]
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8]
@@ -55,14 +56,39 @@ def prepare(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.float
     """Make the network input from an RGB picture uint8 [H,W,3].
 
     Returns float32 [size, size, 3] of 0..255 with the picture in the top-left corner and `spec.pad_value` elsewhere,
-    and the Geometry that maps points between the two. The resize is plain bilinear with half-pixel centres, on
-    float32, without anti-aliasing (section 2); normalisation happens inside the graphs.
+    and the Geometry that maps points between the two; normalisation happens inside the graphs. Not for a centre crop,
+    which has no such geometry: ValueError.
     """
-    geometry = Geometry.of((image.shape[0], image.shape[1]), spec.size)
-    height, width = geometry.valid
+    resized, geometry = fit(image, spec)
+    return pad(resized, spec), geometry
+
+
+def fit(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.uint8] | NDArray[np.float32], Geometry]:
+    """Resize an RGB picture uint8 [H,W,3] as `spec` says, to [h,w,3] of 0..255 with no side above `spec.size`.
+
+    "fit_inside": float32, plain bilinear with half-pixel centres on float32, without anti-aliasing (section 2).
+    "longest_side": uint8, as Pillow resizes. Raises ValueError for another rule.
+    """
+    if spec.resize == "center_crop":
+        raise ValueError("a centre crop has no geometry; use middle()")
+    geometry = Geometry.of((image.shape[0], image.shape[1]), spec.size, spec.resize)
+    if spec.resize == "longest_side":
+        return resample.resize(image, geometry.valid, spec.interpolation), geometry
+    return resize_bilinear(image.astype(np.float32), geometry.valid), geometry
+
+
+def pad(resized: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec) -> NDArray[np.float32]:
+    """A resized picture [h,w,3] in the top-left corner of float32 [size, size, 3], `spec.pad_value` elsewhere."""
+    height, width = resized.shape[:2]
     padded = np.full((spec.size, spec.size, 3), spec.pad_value, np.float32)
-    padded[:height, :width] = resize_bilinear(image.astype(np.float32), geometry.valid)
-    return padded, geometry
+    padded[:height, :width] = resized
+    return padded
+
+
+def middle(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
+    """The middle square of an RGB picture uint8 [H,W,3], as Pillow resizes: uint8 [size, size, 3] ("center_crop")."""
+    size, window = center_crop((image.shape[0], image.shape[1]), spec.size)
+    return resample.resize(image, size, spec.interpolation, window)
 
 
 def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -18,23 +18,28 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deixis import captioning, dense, grounding
-from deixis.batching import SceneFeatures
+from deixis.base_pipeline import BasePipeline
 from deixis.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
 from deixis.captioning import CaptionStream
+from deixis.dense import DenseChoice
 from deixis.engines import make_engine
 from deixis.errors import BundleNotFoundError, ClosedError, PromptError
+from deixis.families import make_pipeline, make_tasks
 from deixis.image import Channels, Source, load_image
 from deixis.options import DecodeOptions
-from deixis.pipeline import GRAPHS_OF_TASK, Pipeline
-from deixis.prompts import Prompt
-from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
+from deixis.prompts import Prompt, Question
+from deixis.results import Caption, DenseCaption, GroundedPhrase, GroundedText, Grounding, Segment, Trace, Word
 from deixis.scene import Scene, SceneStore
+from deixis.streams import ResultStream
+from deixis.tasks import Phrases, Tasks
+
+if TYPE_CHECKING:
+    from deixis.glamm.conversations import Chat
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +90,7 @@ def load(
     if not isinstance(scene_budget_mb, Real) or not scene_budget_mb >= 0:
         raise PromptError(f"scene_budget_mb must be a number from 0 on, found {scene_budget_mb!r}")
     opened = open_bundle(find_bundle(bundle), verify_hashes=verify)
-    pipeline = Pipeline(opened, make_engine(opened, device, threads), cache_capacity)
+    pipeline = make_pipeline(opened, make_engine(opened, device, threads), cache_capacity)
     return Model(pipeline, scene_budget_mb)
 
 
@@ -109,8 +114,8 @@ def find_bundle(bundle: str | os.PathLike[str]) -> Path:
 class Model:
     """An open bundle. Use it as a context manager, or call `close`. Safe to use from several threads."""
 
-    def __init__(self, pipeline: Pipeline, scene_budget_mb: float = 256) -> None:
-        self._pipeline: Pipeline | None = pipeline
+    def __init__(self, pipeline: BasePipeline, scene_budget_mb: float = 256) -> None:
+        self._tasks: Tasks[Any, Any] | None = make_tasks(pipeline)
         self._bundle = pipeline.bundle
         self._budget_mb = scene_budget_mb
         self._store = SceneStore(int(scene_budget_mb * 1_000_000))
@@ -127,7 +132,7 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._pipeline is None else self._pipeline.engine.device
+        state = "closed" if self._tasks is None else self._tasks.pipeline.engine.device
         return f"<Model {self.manifest.model.name!r}, {state}>"
 
     @property
@@ -139,11 +144,16 @@ class Model:
         return self._bundle.manifest
 
     @property
-    def pipeline(self) -> Pipeline:
-        """The graphs, for those who build on arrays. Raises ClosedError."""
-        if self._pipeline is None:
+    def tasks(self) -> Tasks[Any, Any]:
+        """The tasks on what the image encoders gave; `Scene` has them on pictures. Raises ClosedError."""
+        if self._tasks is None:
             raise ClosedError("the model was closed; load it again")
-        return self._pipeline
+        return self._tasks
+
+    @property
+    def pipeline(self) -> BasePipeline:
+        """The graphs, for those who build on arrays: a Pipeline, or a GlammPipeline. Raises ClosedError."""
+        return self.tasks.pipeline
 
     @property
     def info(self) -> Info:
@@ -156,7 +166,7 @@ class Model:
             threads=pipeline.engine.threads,
             cache_capacity=pipeline.capacity,
             scene_budget_mb=self._budget_mb,
-            tasks=tuple(task for task in GRAPHS_OF_TASK if not pipeline.missing(task)),
+            tasks=pipeline.tasks,
             loaded_graphs=pipeline.engine.loaded(),
         )
 
@@ -166,41 +176,25 @@ class Model:
         Scenes of this model raise ClosedError from then on. May be called twice.
         """
         with self._lock:
-            pipeline, self._pipeline = self._pipeline, None
-            if pipeline is None:
+            tasks, self._tasks = self._tasks, None
+            if tasks is None:
                 return
             self._store.clear()
             for scene in list(self._living):
                 scene.release()
-        pipeline.engine.close()
-        del pipeline
+        tasks.close()
+        tasks.pipeline.engine.close()
+        del tasks
         _return_freed_memory()
 
     def warmup(self) -> None:
         """Load every graph and run every task once on a grey picture, so that the first real call is as fast as the
         later ones.
         """
-        height = width = self.manifest.image.size
-        features = self.pipeline.encode([np.full((height, width, 3), 128, np.uint8)])
-        scene = Scene(self, features[0], "warm-up")
-        options, box = DecodeOptions(max_new_tokens=2), (0.0, 0.0, width / 2, height / 2)
-        tasks = self.info.tasks
-        if "caption" in tasks:
-            scene.caption(options=options)
-        if "region_caption" in tasks:
-            scene.caption(box=box, options=options)
-        if "dense_captions" in tasks:
-            scene.dense_captions(limit=1, options=options)
-        if "segment" in tasks:
-            scene.segment(box=box)
-        pipeline = self.pipeline
-        if text := _any_text(pipeline):
-            if "refer" in tasks:
-                scene.refer(text, mask="mask_decoder" in self.manifest.graphs)
-            if "trace" in tasks:
-                scene.trace(text)
+        tasks, side = self.tasks, self.manifest.image.size
+        tasks.warmup(tasks.pipeline.encode([np.full((side, side, 3), 128, np.uint8)])[0])
         for role in self.manifest.graphs:
-            pipeline.engine.load(role)
+            tasks.pipeline.engine.load(role)
 
     @overload
     def encode(self, image: Source, channels: Channels = "RGB") -> Scene: ...
@@ -233,17 +227,15 @@ class Model:
         self, items: Sequence[tuple[Scene, Prompt | None]], options: DecodeOptions | None = None
     ) -> list[Caption]:
         """`Scene.caption` for many (scene, prompt) pairs at once; the results are those of one at a time."""
-        scenes = self._features(items)
-        return captioning.caption_batch(
-            self.pipeline, scenes, [prompt or Prompt() for _, prompt in items], options or DecodeOptions()
-        )
+        prompts = [prompt or Prompt() for _, prompt in items]
+        return self.tasks.caption_batch(self._features(items), prompts, options or DecodeOptions())
 
     def stream_caption(
         self, scene: Scene, prompt: Prompt | None = None, options: DecodeOptions | None = None
     ) -> CaptionStream:
         """See `Scene.stream_caption`."""
         [features] = self._features([(scene, prompt)])
-        return captioning.stream_caption(self.pipeline, features, prompt or Prompt(), options or DecodeOptions())
+        return self.tasks.stream_caption(features, prompt or Prompt(), options or DecodeOptions())
 
     def dense_captions_batch(
         self,
@@ -257,20 +249,20 @@ class Model:
         one at a time.
         """
         features = self._features([(scene, None) for scene in scenes])
-        choice = dense.DenseChoice(limit, min_score, join_scores)
-        return dense.dense_captions_batch(self.pipeline, features, choice, options or DecodeOptions())
+        choice = DenseChoice(limit, min_score, join_scores)
+        return self.tasks.dense_captions_batch(features, choice, options or DecodeOptions())
 
     def refer_batch(
         self, items: Sequence[tuple[Scene, str]], mask: bool = True, options: DecodeOptions | None = None
     ) -> list[Grounding]:
         """`Scene.refer` for many (scene, phrase) pairs at once; the results are those of one at a time."""
         scenes, texts = self._features(items), [text for _, text in items]
-        return grounding.refer_batch(self.pipeline, scenes, texts, mask, options or DecodeOptions())
+        return self.tasks.refer_batch(scenes, texts, mask, options or DecodeOptions())
 
     def trace_batch(self, items: Sequence[tuple[Scene, str]], options: DecodeOptions | None = None) -> list[Trace]:
         """`Scene.trace` for many (scene, text) pairs at once; the results are those of one at a time."""
         scenes, texts = self._features(items), [text for _, text in items]
-        return grounding.trace_batch(self.pipeline, scenes, texts, options or DecodeOptions())
+        return self.tasks.trace_batch(scenes, texts, options or DecodeOptions())
 
     @overload
     def segment_batch(
@@ -291,10 +283,43 @@ class Model:
     ) -> list[Segment] | list[tuple[Segment, ...]]:
         """`Scene.segment` for many (scene, prompt) pairs at once; the results are those of one at a time."""
         scenes, prompts = self._features(items), [prompt for _, prompt in items]
-        found = grounding.segment_batch(self.pipeline, scenes, prompts, multimask, options or DecodeOptions())
+        found = self.tasks.segment_batch(scenes, prompts, multimask, options or DecodeOptions())
         return found if multimask else [alternatives[0] for alternatives in found]
 
-    def _features(self, items: Sequence[tuple[Scene, object]]) -> list[SceneFeatures]:
+    def grounded_caption_batch(
+        self, scenes: Sequence[Scene], options: DecodeOptions | None = None
+    ) -> list[GroundedText]:
+        """`Scene.grounded_caption` for many scenes at once; the results are those of one at a time."""
+        features = self._features([(scene, None) for scene in scenes])
+        return self.tasks.grounded_caption_batch(features, options or DecodeOptions())
+
+    def stream_grounded_caption(
+        self, scene: Scene, options: DecodeOptions | None = None
+    ) -> ResultStream[Word | GroundedPhrase, GroundedText]:
+        """See `Scene.stream_grounded_caption`."""
+        [features] = self._features([(scene, None)])
+        return self.tasks.stream_grounded_caption(features, options or DecodeOptions())
+
+    def ask_batch(
+        self, items: Sequence[tuple[Scene, str | Question]], options: DecodeOptions | None = None
+    ) -> list[GroundedText]:
+        """`Scene.ask` for many (scene, question) pairs at once; the results are those of one at a time."""
+        questions = [asked if isinstance(asked, Question) else Question(asked) for _, asked in items]
+        return self.tasks.ask_batch(self._features(items), questions, options or DecodeOptions())
+
+    def chat(self, scene: Scene) -> Chat:
+        """See `Scene.chat`."""
+        [features] = self._features([(scene, None)])
+        return self.tasks.chat(features)
+
+    def ground_phrases(
+        self, scene: Scene, text: str, phrases: Phrases | None = None, options: DecodeOptions | None = None
+    ) -> GroundedText:
+        """See `Scene.ground_phrases`."""
+        [features] = self._features([(scene, None)])
+        return self.tasks.ground_phrases(features, text, phrases, options or DecodeOptions())
+
+    def _features(self, items: Sequence[tuple[Scene, object]]) -> list[Any]:
         for scene, _ in items:
             if not isinstance(scene, Scene) or scene.model is not self:
                 raise PromptError("the scene is not one of this model; encode the picture with it")
@@ -302,7 +327,7 @@ class Model:
 
     def _keep(self, scene: Scene) -> Scene:
         with self._lock:
-            if self._pipeline is None:
+            if self._tasks is None:
                 raise ClosedError("the model was closed while a picture was being encoded")
             self._living.add(scene)
             self._store.put(scene)
@@ -314,18 +339,6 @@ def content_hash(picture: NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(str(picture.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(picture).data)
     return digest.hexdigest()
-
-
-def _any_text(pipeline: Pipeline) -> str | None:
-    """The first piece of the vocabulary that is a text by itself: something to warm up with, in any language."""
-    for piece in range(pipeline.manifest.tokenizer.vocab_size):
-        text = pipeline.tokenizer.decode([piece]).strip()
-        try:
-            pipeline.tokenizer.encode(text)
-        except PromptError:
-            continue
-        return text
-    return None
 
 
 def _return_freed_memory() -> None:

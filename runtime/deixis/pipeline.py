@@ -1,4 +1,4 @@
-"""The graphs of one bundle, chained: pictures to scenes, prompts to cross caches, ids to logits and locations.
+"""The graphs of one PixelLLM bundle, chained: pictures to scenes, prompts to cross caches, ids to logits and locations.
 
 Everything here is arrays; `captioning` and `grounding` make tasks of it, `model` and `scene` the user's side.
 """
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deixis.base_pipeline import BasePipeline
 from deixis.batching import SceneFeatures, chunk_rows, group_indices, pad_ids, pick, stack_scenes
-from deixis.bundle import Bundle, DetectionSpec, TaskSpec
+from deixis.bundle import Bundle, CacheSpec, DetectionSpec, LocationSpec, PromptSpec, TaskSpec
 from deixis.caches import CrossCache, DecodeState, StepDecoder
 from deixis.detection import Detections, finish, propose
 from deixis.engines import Engine
@@ -20,11 +21,8 @@ from deixis.image import prepare
 from deixis.options import Check
 from deixis.prompts import PromptTokens
 from deixis.readout import valid_positions
-from deixis.tokenizer import TextTokenizer
 
 Floats = NDArray[np.float32]
-
-FAMILY = "pixelllm"
 
 _TEXT = ("semantic_encoder", "sam_encoder", "prompt_extractor", "text_encoder")
 GRAPHS_OF_TASK: dict[str, tuple[str, ...]] = {
@@ -39,56 +37,33 @@ GRAPHS_OF_TASK: dict[str, tuple[str, ...]] = {
 _DETECT_TOGETHER = 4
 
 
-class Pipeline:
-    """One opened bundle on one engine. Has no state of its own but the graphs: safe to use from several threads."""
+class Pipeline(BasePipeline):
+    """The graphs of a PixelLLM. See BasePipeline for what else it has."""
+
+    family = "pixelllm"
+    graphs_of_task = GRAPHS_OF_TASK
+    without_spec = frozenset({"segment"})
 
     def __init__(self, bundle: Bundle, engine: Engine, cache_capacity: int | None = None) -> None:
+        super().__init__(bundle, engine, cache_capacity)
         manifest = bundle.manifest
-        if manifest.model.family != FAMILY:
-            raise BundleFormatError(
-                f"{bundle.path}: this deixis runs models of the family {FAMILY!r}, not {manifest.model.family!r}; "
-                "upgrade deixis"
-            )
-        self.bundle = bundle
-        self.manifest = manifest
-        self.engine = engine
-        self.tokenizer = TextTokenizer(bundle.file(manifest.tokenizer.file), manifest.tokenizer)
-        self.capacity = manifest.caches.default_capacity if cache_capacity is None else cache_capacity
-        least, most = self.range("T")
-        if not max(2, least) <= self.capacity <= most:
-            raise PromptError(
-                f"cache_capacity {self.capacity} is not within {max(2, least)}..{most}, which the bundle allows"
-            )
+        prompts, location, cross = manifest.prompts, manifest.location, manifest.caches.cross_cache
+        if prompts is None or location is None or cross is None:  # open_bundle refuses it; a Bundle made by hand may
+            raise BundleFormatError(f"{bundle.path}: prompts, location or caches.cross_cache is missing")
+        self.prompts: PromptSpec = prompts
+        self.location: LocationSpec = location
+        self.cross_cache: CacheSpec = cross
         for name, task in manifest.tasks.items():
             try:
                 valid_positions(np.zeros(1, np.int64), task.points_at, manifest.tokenizer)
             except ValueError as error:
                 raise BundleFormatError(f"{bundle.path}: tasks.{name}: {error}") from None
 
-    def range(self, dim: str) -> tuple[int, int]:
-        """Smallest and largest size of a symbolic dimension."""
-        limits = self.manifest.dims.get(dim)
-        return (1, 1 << 30) if limits is None else (limits.min, limits.max)
-
-    def missing(self, task: str) -> list[str]:
-        """What the bundle lacks for a task: names of graphs, and the task's own entry."""
-        lacking = [f"graph {role}" for role in GRAPHS_OF_TASK[task] if role not in self.manifest.graphs]
-        return lacking + ([f"task {task}"] if task != "segment" and task not in self.manifest.tasks else [])
-
-    def require(self, task: str) -> None:
-        """Raise TaskError when the bundle cannot do a task."""
-        if lacking := self.missing(task):
-            raise TaskError(f"bundle {self.manifest.model.name!r} cannot {_what(task)}: no {', '.join(lacking)}")
-
     def require_masks(self) -> None:
         if "mask_decoder" not in self.manifest.graphs:
             raise TaskError(
                 f"bundle {self.manifest.model.name!r} makes no masks: no graph mask_decoder; pass mask=False"
             )
-
-    def task(self, name: str) -> TaskSpec:
-        self.require(name)
-        return self.manifest.tasks[name]
 
     def encode(self, images: Sequence[NDArray[np.uint8]]) -> list[SceneFeatures]:
         """RGB pictures uint8 [H, W, 3] of any sizes to scenes, as many at once as the bundle allows."""
@@ -181,13 +156,13 @@ class Pipeline:
         """
         inputs = {"visual_prefix": prefix, "context_ids": pad_ids(contexts, length)}
         outputs = self.engine.run("text_encoder", inputs)
-        return CrossCache.from_outputs(outputs, self.manifest.caches.cross_cache.layers)
+        return CrossCache.from_outputs(outputs, self.cross_cache.layers)
 
     @property
     def points(self) -> int:
         """Points per token that captions have: 0 when the model has no location head."""
         has_places = "locations" in self.manifest.graphs["decoder_step"].outputs
-        return self.manifest.location.points_per_token if has_places else 0
+        return self.location.points_per_token if has_places else 0
 
     def decoder(self, cross: CrossCache, beams: int, length: int) -> StepDecoder:
         """A decoder for sequences of `length` places (the last is never consumed), its cache as large as that needs."""
@@ -249,11 +224,6 @@ class Pipeline:
         if not np.isfinite(scores).all():  # type: ignore[arg-type]
             raise EngineError("the mask decoder gave scores that are not finite; verify the bundle")
         return masks, scores  # type: ignore[return-value]
-
-
-def _what(task: str) -> str:
-    """A task as a verb."""
-    return "make dense captions" if task == "dense_captions" else task.replace("_", " ")
 
 
 def _finite(values: NDArray[np.generic]) -> Floats:

@@ -35,6 +35,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about a picture, and the boxes (left, top, right, bottom) px that it names by `<bbox>`, [k, 4]."""
+
+    text: str
+    boxes: ArrayLike | None = None
+
+
+@dataclass(frozen=True)
 class PromptTokens:
     """What the graphs take.
 

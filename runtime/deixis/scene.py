@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deixis.batching import SceneFeatures
+from deixis.base_pipeline import Features
 from deixis.captioning import CaptionStream
 from deixis.errors import ClosedError
 from deixis.geometry import Geometry
 from deixis.options import DecodeOptions
-from deixis.prompts import Prompt
-from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
+from deixis.prompts import Prompt, Question
+from deixis.results import Caption, DenseCaption, GroundedPhrase, GroundedText, Grounding, Segment, Trace, Word
+from deixis.streams import ResultStream
 
 if TYPE_CHECKING:
+    from deixis.glamm.conversations import Chat
     from deixis.model import Model
+    from deixis.tasks import Phrases
 
 Labels = Sequence[int] | NDArray[np.integer]
 
@@ -32,9 +35,9 @@ class Scene:
     this task; ClosedError: the model was closed; DeadlineError and CancelledError: the call's options said so.
     """
 
-    def __init__(self, model: Model, features: SceneFeatures, key: str) -> None:
+    def __init__(self, model: Model, features: Features, key: str) -> None:
         self._model = model
-        self._features: SceneFeatures | None = features
+        self._features: Features | None = features
         self.key = key  # hash of the picture's content
         self.geometry: Geometry = features.geometry
         self.nbytes = features.nbytes
@@ -53,7 +56,7 @@ class Scene:
         return self.geometry.original
 
     @property
-    def features(self) -> SceneFeatures:
+    def features(self) -> Features:
         """What the image encoders gave. Raises ClosedError."""
         features = self._features
         if features is None:
@@ -154,6 +157,38 @@ class Scene:
         if multimask:
             return self._model.segment_batch(prompts, multimask=True, options=options)[0]
         return self._model.segment_batch(prompts, options=options)[0]
+
+    def grounded_caption(self, options: DecodeOptions | None = None) -> GroundedText:
+        """Describe the picture, with a mask for every thing that the description names."""
+        return self._model.grounded_caption_batch([self], options)[0]
+
+    def stream_grounded_caption(
+        self, options: DecodeOptions | None = None
+    ) -> ResultStream[Word | GroundedPhrase, GroundedText]:
+        """The same as it comes: an iterator of words and of phrases with masks, whose `result` is the whole."""
+        return self._model.stream_grounded_caption(self, options)
+
+    def ask(self, text: str, boxes: ArrayLike | None = None, options: DecodeOptions | None = None) -> GroundedText:
+        """Answer a question about the picture; the answer may hold masks.
+
+        boxes: [k, 4], regions that the question names by `<bbox>`, in their order; one that names none gets the marks
+        at its end. Also raises TextTooLongError.
+        """
+        return self._model.ask_batch([(self, Question(text, boxes))], options)[0]
+
+    def chat(self) -> Chat:
+        """A conversation about the picture: every question knows those before it."""
+        return self._model.chat(self)
+
+    def ground_phrases(
+        self, text: str, phrases: Phrases | None = None, options: DecodeOptions | None = None
+    ) -> GroundedText:
+        """Masks of the things that a given text names.
+
+        phrases: parts of the text, as substrings or as spans (start, end) of characters; None: the model chooses them.
+        Also raises TextTooLongError.
+        """
+        return self._model.ground_phrases(self, text, phrases, options)
 
 
 class SceneStore:

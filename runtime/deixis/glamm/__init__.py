@@ -1,0 +1,1 @@
+"""The family "glamm": conversations about a picture whose answers hold masks."""
