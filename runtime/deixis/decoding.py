@@ -30,15 +30,20 @@ _BLOCK = 64  # values whose maximum is taken together in the search for the larg
 REPEAT_CEILING = np.float32(-1e4)  # the logit of the previous id is lowered to this at most
 
 
-class Decoder(Protocol):
-    """What search needs of a model. Returned arrays may be overwritten by the next step."""
+class Stepper(Protocol):
+    """What greedy search needs of a model. Returned arrays may be overwritten by the next step."""
 
     def step(self, ids: Ids) -> tuple[Floats, Floats]:
         """Consume one id per row, ids [R].
 
-        Returns logits [R, V] of the next id and locations [R, points, 2] of the consumed.
+        Returns logits [R, V] of the next id and locations [R, points, 2] of the consumed; greedy search hands on
+        whatever the model knows of a consumed id, [R, ...].
         """
         ...
+
+
+class Decoder(Stepper, Protocol):
+    """What beam search needs of a model."""
 
     def reorder(self, rows: Ids) -> None:
         """Row r continues what row rows[r] was, rows [R]."""
@@ -101,7 +106,7 @@ class Beams:
     finished: NDArray[np.bool_]
 
 
-def greedy_steps(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -> Iterator[GreedyStep]:
+def greedy_steps(decoder: Stepper, rows: int, rules: DecodeRules, check: Check) -> Iterator[GreedyStep]:
     """Decode greedily, one step at a time; ends when every row has ended or reached the length.
 
     `check` runs before each step.
@@ -131,7 +136,7 @@ def greedy_steps(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) 
     yield GreedyStep(rules.length - 1, None, np.zeros(rows, np.float32), locations)
 
 
-def greedy(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -> list[Decoded]:
+def greedy(decoder: Stepper, rows: int, rules: DecodeRules, check: Check) -> list[Decoded]:
     """Greedy decoding of `rows` prompts: the collected form of `greedy_steps`."""
     steps = [
         GreedyStep(s.index, s.ids, s.log_probs, s.locations.copy()) for s in greedy_steps(decoder, rows, rules, check)
