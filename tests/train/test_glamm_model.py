@@ -328,6 +328,7 @@ def test_roi_align_is_its_definition(
         torch.testing.assert_close(found[k], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_roi_align_learns_and_is_one_operator_of_a_trace() -> None:
     maps, index = torch.randn(2, 3, 5, 6), torch.tensor([1, 0, 1])
     boxes = torch.tensor([[0.5, 1, 4, 4.5], [-2, -1, 3, 9], [2, 2, 2, 2]])
