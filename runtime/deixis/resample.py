@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Interpolation = Literal["bilinear", "bicubic"]
 
 _PRECISION = 22  # bits of a weight: 32, less 8 of the pixel and 2 to spare
-_BLOCK = 16  # rows of the result that are made together
+_BLOCK = 8  # rows of the result that are made together
 
 
 def resize(

@@ -40,7 +40,6 @@ class Scene:
         self._features: Features | None = features
         self.key = key  # hash of the picture's content
         self.geometry: Geometry = features.geometry
-        self.nbytes = features.nbytes
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -62,6 +61,11 @@ class Scene:
         if features is None:
             raise ClosedError("the model of this scene was closed; load it and encode the picture again")
         return features
+
+    @property
+    def nbytes(self) -> int:
+        """What the features take now; some families encode more of a picture when a task first needs it."""
+        return 0 if self._features is None else self._features.nbytes
 
     def release(self) -> None:
         """Forget the features; called when the model is closed."""
@@ -106,9 +110,12 @@ class Scene:
     def refer(self, text: str, mask: bool = True, options: DecodeOptions | None = None) -> Grounding:
         """Find what a phrase means: its box, and its mask unless `mask` is False.
 
-        The score is the mask decoder's predicted IoU: how well the mask fits the box, not whether the thing is there.
-        The model has no way to say that it is not; it then gives a box all the same. The box is clipped to the picture.
-        Of the options, deadline_ms and cancel apply. Also raises TextTooLongError.
+        The score is the mask decoder's predicted IoU: how well the mask fits, not whether the thing is there.
+
+        PixelLLM has no way to say that it is not; it then gives a box all the same, clipped to the picture. Of the
+        options, deadline_ms and cancel apply. GLaMM answers with a mask, around which the box is, or with neither.
+
+        Also raises TextTooLongError.
         """
         return self._model.refer_batch([(self, text)], mask, options)[0]
 
@@ -159,17 +166,24 @@ class Scene:
         return self._model.segment_batch(prompts, options=options)[0]
 
     def grounded_caption(self, options: DecodeOptions | None = None) -> GroundedText:
-        """Describe the picture, with a mask for every thing that the description names."""
+        """Describe the picture, with a mask for every thing that the description names.
+
+        Phrases, their spans and their masks belong together whatever the model writes; what is wrong with its marks
+        stands in `problems`. Of the options, beams do not apply: such models decode greedily (PromptError).
+        """
         return self._model.grounded_caption_batch([self], options)[0]
 
     def stream_grounded_caption(
         self, options: DecodeOptions | None = None
     ) -> ResultStream[Word | GroundedPhrase, GroundedText]:
-        """The same as it comes: an iterator of words and of phrases with masks, whose `result` is the whole."""
+        """The same as it comes: an iterator of words and phrases, whose `result` is the whole.
+
+        A phrase comes behind its last word, as soon as its mask is decoded.
+        """
         return self._model.stream_grounded_caption(self, options)
 
     def ask(self, text: str, boxes: ArrayLike | None = None, options: DecodeOptions | None = None) -> GroundedText:
-        """Answer a question about the picture; the answer may hold masks.
+        """Answer a question about the picture; the answer may hold masks. `chat` asks several.
 
         boxes: [k, 4], regions that the question names by `<bbox>`, in their order; one that names none gets the marks
         at its end. Also raises TextTooLongError.
@@ -177,7 +191,7 @@ class Scene:
         return self._model.ask_batch([(self, Question(text, boxes))], options)[0]
 
     def chat(self) -> Chat:
-        """A conversation about the picture: every question knows those before it."""
+        """A conversation about the picture: every question knows those before it. Close it, or use it in a `with`."""
         return self._model.chat(self)
 
     def ground_phrases(
@@ -186,7 +200,8 @@ class Scene:
         """Masks of the things that a given text names.
 
         phrases: parts of the text, as substrings or as spans (start, end) of characters; None: the model chooses them.
-        Also raises TextTooLongError.
+        They come back in the order of the text, which stays as it is. deixis.glamm.phrases says how this is done. Of
+        the options, deadline_ms and cancel apply. Also raises TextTooLongError.
         """
         return self._model.ground_phrases(self, text, phrases, options)
 
@@ -198,11 +213,11 @@ class SceneStore:
         self.budget_bytes = budget_bytes
         self._scenes: OrderedDict[str, Scene] = OrderedDict()
         self._lock = threading.Lock()
-        self._bytes = 0
 
     @property
     def nbytes(self) -> int:
-        return self._bytes
+        with self._lock:
+            return self._total()
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -219,12 +234,12 @@ class SceneStore:
             if scene.key in self._scenes or scene.nbytes > self.budget_bytes:
                 return
             self._scenes[scene.key] = scene
-            self._bytes += scene.nbytes
-            while self._bytes > self.budget_bytes:
-                _, oldest = self._scenes.popitem(last=False)
-                self._bytes -= oldest.nbytes
+            while self._total() > self.budget_bytes:  # also of scenes that have grown since
+                self._scenes.popitem(last=False)
 
     def clear(self) -> None:
         with self._lock:
             self._scenes.clear()
-            self._bytes = 0
+
+    def _total(self) -> int:
+        return sum(scene.nbytes for scene in self._scenes.values())

@@ -446,3 +446,108 @@ def test_a_second_stage_needs_rules(root: Path) -> None:
     change(root, lambda m: m["graphs"].update(box_refine=m["graphs"]["decoder_step"]))
     with pytest.raises(BundleFormatError, match="box_refine: needs detection"):
         b.open_bundle(root)
+
+
+CONVERSATION = {
+    "system": "You see.",
+    "image_sentence": "The <image> shows it.",
+    "image_tokens": 16,
+    "begin_id": 0,
+    "end_id": 1,
+    "image_start_id": 90,
+    "image_end_id": 91,
+    "mask_id": 93,
+    "phrase_start_id": 94,
+    "phrase_end_id": 95,
+    "region_id": None,
+}
+CROP = {"size": 28, "resize": "center_crop", "interpolation": "bicubic", "antialias": True, "pad": "none"}
+GROUNDING = {"resize": "longest_side", "antialias": True}
+
+
+def make_glamm(m: dict[str, Any]) -> None:
+    m["format"]["version"] = "1.2"
+    m["model"]["family"] = "glamm"
+    m["caches"]["cross_cache"] = m["location"] = m["prompts"] = None
+    m["conversation"] = dict(CONVERSATION)
+    m["global_image"] = dict(CROP)
+    m["image"].update(GROUNDING)
+    for role in ("global_encoder", "grounding_encoder", "pixel_decoder"):
+        m["graphs"][role] = m["graphs"]["decoder_step"]
+
+
+def test_a_glamm_survives(root: Path) -> None:
+    change(root, make_glamm)
+    manifest = b.open_bundle(root).manifest
+    assert manifest.conversation is not None and manifest.conversation.region_id is None
+    assert manifest.global_image == b.ImageSpec(28, "center_crop", "bicubic", antialias=True, pad="none")
+    assert manifest.caches.cross_cache is None
+    assert b.parse_manifest(manifest.to_json().encode()) == manifest
+    with_regions = dataclasses.replace(
+        manifest,
+        conversation=dataclasses.replace(manifest.conversation, region_id=92),
+        graphs={**manifest.graphs, "region_encoder": manifest.graphs["decoder_step"]},
+    )
+    b.write_manifest(root, with_regions)
+    assert b.open_bundle(root).manifest == with_regions
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        (lambda m: m["format"].update(version="1.1"), r"format\.version: the family glamm needs 1\.2, found 1\.1"),
+        (lambda m: m.update(conversation=None), "conversation: missing, the family glamm needs it"),
+        (lambda m: m.update(global_image=None), "global_image: missing, the family glamm needs it"),
+        (lambda m: m["graphs"].pop("global_encoder"), r"graphs\.global_encoder: missing"),
+        (lambda m: m["graphs"].pop("decoder_step"), r"graphs\.decoder_step: missing"),
+        (lambda m: m["graphs"].pop("pixel_decoder"), "grounding_encoder and pixel_decoder go together"),
+        (lambda m: m.update(prompts={}), "prompts: the family glamm has none"),
+        (lambda m: m.update(detection={}), "detection: the family glamm has none"),
+        (lambda m: m["caches"].update(cross_cache=m["caches"]["self_cache"]), r"caches\.cross_cache: the family glamm"),
+        (lambda m: m["conversation"].update(mask_id=100), r"conversation\.mask_id: must lie in 0\.\.99, found 100"),
+        (lambda m: m["conversation"].update(phrase_end_id=-1), r"conversation\.phrase_end_id"),
+        (lambda m: m["conversation"].update(mask_id=94), "two of its marks have the same id"),
+        (lambda m: m["conversation"].update(end_id=2), r"conversation\.end_id: differs from tokenizer\.end_id"),
+        (lambda m: m["conversation"].update(image_tokens=0), r"conversation\.image_tokens: must be positive"),
+        (lambda m: m["conversation"].update(image_sentence="no picture"), "must hold <image> once"),
+        (lambda m: m["conversation"].update(region_id=92), r"conversation\.region_id: goes with the graph"),
+        (lambda m: m["graphs"].update(region_encoder=m["graphs"]["decoder_step"]), r"conversation\.region_id: goes"),
+        (lambda m: m["global_image"].update(pad="right_bottom"), "global_image: resize 'center_crop' needs"),
+        (lambda m: m["global_image"].update(size=0), r"global_image\.size: must be positive"),
+        (lambda m: m["image"].update(antialias=False), "image: resize 'longest_side' needs antialias true"),
+        (lambda m: m["image"].update(CROP), r"image\.resize: masks cannot go back"),
+    ],
+)
+def test_what_a_glamm_must_have(root: Path, how: Change, where: str) -> None:
+    change(root, make_glamm)
+    change(root, how)
+    with pytest.raises(BundleFormatError, match=where):
+        b.open_bundle(root)
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        (lambda m: m.update(location=None), "location: missing, the family pixelllm needs it"),
+        (lambda m: m.update(prompts=None), "prompts: missing, the family pixelllm needs it"),
+        (lambda m: m["caches"].update(cross_cache=None), r"caches\.cross_cache: missing, the family pixelllm"),
+        (lambda m: m.update(conversation=CONVERSATION), "conversation: the family pixelllm has none"),
+        (lambda m: m.update(global_image=CROP), "global_image: the family pixelllm has none"),
+        (
+            lambda m: m["image"].update(interpolation="bicubic"),
+            r"image\.interpolation: resize 'fit_inside' is bilinear",
+        ),
+        (lambda m: m["image"].update(antialias=True), "image: resize 'fit_inside' needs antialias false"),
+    ],
+)
+def test_what_a_pixelllm_must_have(root: Path, how: Change, where: str) -> None:
+    change(root, how)
+    with pytest.raises(BundleFormatError, match=where):
+        b.open_bundle(root)
+
+
+@pytest.mark.parametrize("name", ["tests/golden/tiny_bundle", "models/tabletop"])
+def test_older_manifests_stay_as_they_were(name: str) -> None:
+    """What 1.0 and 1.1 wrote reads, and is written back byte for byte: nothing new goes in."""
+    data = (Path(__file__).parents[2] / name / b.MANIFEST_NAME).read_bytes()
+    assert b.parse_manifest(data).to_json().encode() == data
