@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -16,40 +16,21 @@ from deixis.pipeline import Pipeline
 from deixis.prompts import Prompt, PromptTokens, prompt_tokens
 from deixis.readout import make_words, valid_positions
 from deixis.results import Box, Caption, Word
+from deixis.streams import ResultStream
 from deixis.tokenizer import Spelling, words_of
 
 
-class CaptionStream(Iterator[Word]):
+class CaptionStream(ResultStream[Word, Caption]):
     """Words of one caption as they come; `caption` is the whole of it.
 
     A word comes as soon as its last piece has been consumed, so with its final place. Beam search knows its winner only
     at the end: then all words come at once.
     """
 
-    def __init__(self, words: Generator[Word, None, Caption]) -> None:
-        self._words = words
-        self._caption: Caption | None = None
-        self._error: BaseException | None = None
-
-    def __next__(self) -> Word:
-        try:
-            return next(self._words)
-        except StopIteration as end:
-            self._caption = end.value or self._caption
-            raise StopIteration from None
-        except BaseException as error:
-            self._error = error
-            raise
-
     @property
     def caption(self) -> Caption:
         """The finished caption. Words not yet taken are run through first. Raises what the stream raised."""
-        if self._error is not None:
-            raise self._error
-        for _ in self:
-            pass
-        assert self._caption is not None
-        return self._caption
+        return self.result
 
 
 def caption_batch(

@@ -20,7 +20,7 @@ from deixis import drawing
 from deixis.drawing import FAINT, INK, PAPER, Canvas, Color, Rect
 from deixis.errors import ImageError
 from deixis.files import write_atomic
-from deixis.results import Box, Caption, DenseCaption, Grounding, Mask, Point, Segment, Trace, Word
+from deixis.results import Box, Caption, DenseCaption, GroundedText, Grounding, Mask, Point, Segment, Trace, Word
 
 Picture = NDArray[np.uint8]
 _PANEL: Color = (24, 27, 34)
@@ -49,17 +49,51 @@ def draw_trace(image: Picture, trace: Trace | Caption) -> Picture:
 
 def draw_grounding(image: Picture, groundings: Grounding | Sequence[Grounding]) -> Picture:
     """Box, translucent mask with outline and label of one or several phrases, each in its own colour; phrases listed
-    below.
+    below, also those for which nothing was found.
     """
     found = [groundings] if isinstance(groundings, Grounding) else list(groundings)
     canvas = Canvas.of(image)
     _draw_masks(canvas, [(g.mask, drawing.palette(i)) for i, g in enumerate(found)])
-    for i, g in enumerate(found):
-        drawing.rectangle(canvas.pixels, _rect(canvas, g.box), drawing.palette(i), 1.8 * canvas.unit)
-    for i, g in enumerate(found):
-        _tag(canvas, _rect(canvas, g.box), g.text, drawing.palette(i))
-    lines = [[(g.text, drawing.palette(i)), (_score(g.score), FAINT)] for i, g in enumerate(found)]
+    placed = [(_rect(canvas, g.box), g.text, drawing.palette(i)) for i, g in enumerate(found) if g.box is not None]
+    for rect, _, color in placed:
+        drawing.rectangle(canvas.pixels, rect, color, 1.8 * canvas.unit)
+    for rect, text, color in placed:
+        _tag(canvas, rect, text, color)
+    lines = [
+        [(g.text, drawing.palette(i)), (_score(g.score) if g.box is not None else "  nothing found", FAINT)]
+        for i, g in enumerate(found)
+    ]
     return _with_panel(canvas, lines)
+
+
+def draw_grounded(image: Picture, text: GroundedText, boxes: Sequence[Box] = ()) -> Picture:
+    """Every phrase's mask in a colour of its own with the phrase at it, and the whole text below with its phrases in
+    the same colours.
+
+    Masks that belong to no phrase are numbered, and listed behind the text. A phrase whose mask is missing or empty is
+    pale in the text. boxes: what was asked about, dashed.
+    """
+    canvas = Canvas.of(image)
+    names = [(p.mask, p.text) for p in text.phrases] + [(m, str(i)) for i, m in enumerate(text.masks, 1)]
+    shown = [(mask, name, drawing.palette(i)) for i, (mask, name) in enumerate(names)]
+    _draw_masks(canvas, [(mask, color) for mask, _, color in shown])
+    for box in boxes:
+        drawing.rectangle(canvas.pixels, _rect(canvas, box), _WHITE, 1.5 * canvas.unit, dashed=True)
+    visible = [(_rect(canvas, mask.box), name, color) for mask, name, color in shown if mask is not None and mask.box]
+    places = drawing.place_labels(canvas, [rect for rect, _, _ in visible], [[name] for _, name, _ in visible])
+    for place, (_, _, color) in zip(places, visible, strict=True):
+        if place is not None:  # else the colours in the text say which is which
+            drawing.write_tag(canvas, *place, color)
+    runs: list[Run] = []
+    position = 0
+    for phrase, (mask, _, color) in zip(text.phrases, shown, strict=False):
+        runs.append((text.text[position : phrase.start], PAPER))
+        runs.append((phrase.text, color if mask is not None and mask.area else FAINT))
+        position = phrase.end
+    runs.append((text.text[position:] + ("" if text.finished else " ..."), PAPER))
+    loose = [(f" [{name}]", color) for _, name, color in shown[len(text.phrases) :]]
+    problems = [[(problem, FAINT)] for problem in text.problems]
+    return _with_panel(canvas, [[*runs, *loose], *problems])
 
 
 def draw_dense_captions(image: Picture, captions: Sequence[DenseCaption]) -> Picture:
