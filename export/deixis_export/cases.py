@@ -56,7 +56,7 @@ def example_picture(size: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(image), torch.from_numpy(valid)
 
 
-def _compact(x: Tensor) -> Tensor:
+def compact(x: Tensor) -> Tensor:
     """Round inputs to values that fp16 holds, large maps to few levels, so that golden vectors are exact and small."""
     if x.numel() > _COMPACT_VALUES:
         step = 2.0 ** torch.ceil(torch.log2(x.abs().max() / _COARSE_LEVELS))
@@ -85,14 +85,14 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
     points = torch.floor(torch.rand(rows, sizes.P, 2, generator=generator) * side)
     kinds = [[2, 3] + [-2] * (sizes.P - 2), [1] * (sizes.P - 1) + [-1], [0, 1] * (sizes.P // 2) + [-1] * (sizes.P % 2)]
     labels = torch.tensor([kinds[i % 3][: sizes.P] for i in range(rows)])
-    features = _compact(torch.cat([maps["semantic"], maps["sam_on_grid"]], dim=-1))
+    features = compact(torch.cat([maps["semantic"], maps["sam_on_grid"]], dim=-1))
     cases["prompt_extractor"] = {"features": features, "image_index": index, "points": points, "labels": labels}
-    prefix = _compact(run("prompt_extractor")["visual_prefix"])
+    prefix = compact(run("prompt_extractor")["visual_prefix"])
 
     context = ids(sizes.N, sizes.C)
     context[0, -2:] = 0  # a shorter instruction than its neighbours
     cases["text_encoder"] = {"visual_prefix": prefix[: sizes.N], "context_ids": context}
-    cross = {name: _compact(value) for name, value in run("text_encoder").items()}
+    cross = {name: compact(value) for name, value in run("text_encoder").items()}
 
     cache_shape = (rows, config.text.heads, sizes.T, config.text.head_dim)
     own = {
@@ -103,7 +103,7 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
     prefill = {"ids": ids(rows, sizes.position), "position": torch.tensor([0]), **cross, **own}
     cases["decoder_step"] = prefill
     written = run("decoder_step")
-    own = {name: _compact(written[name.replace(".", "_out.")]) for name in own}
+    own = {name: compact(written[name.replace(".", "_out.")]) for name in own}
     cases["decoder_step"] = {"ids": ids(rows, sizes.S), "position": torch.tensor([sizes.position]), **cross, **own}
 
     words = ids(sizes.N, sizes.L)
@@ -111,22 +111,22 @@ def make_cases(model: PixelLLM, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
     words[0, -3], words[0, -2:] = config.end_token_id, 0
     cases["decoder_pass"] = {"ids": words, **cross}
 
-    features = _compact(run("decoder_pass")["features"])
+    features = compact(run("decoder_pass")["features"])
     if "mask_adapter" in specs:
         cases["mask_adapter"] = {"visual_prefix": prefix[: sizes.N], "features": features}
     if "mask_decoder" in specs:
         delta = torch.randn(rows, sizes.P, config.prompt_embed_dim, generator=generator) * 0.1
         cases["mask_decoder"] = {
-            "sam": _compact(maps["sam"]),
+            "sam": compact(maps["sam"]),
             "image_index": index,
             "points": points,
             "labels": labels,
-            "prompt_delta": _compact(delta),
+            "prompt_delta": compact(delta),
         }
     if "box_proposals" in specs:
         cases["box_proposals"] = {"features": cases["prompt_extractor"]["features"]}
         maps = run("box_proposals")
-        levels = {name: _compact(level) for name, level in maps.items() if name not in ("heatmap", "boxes")}
+        levels = {name: compact(level) for name, level in maps.items() if name not in ("heatmap", "boxes")}
         cases["box_refine"] = {**levels, "boxes": example_boxes(side, sizes.B, sizes.O, generator)}
     return cases
 

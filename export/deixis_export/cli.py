@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from deixis.errors import DeixisError, ExportError
 
+PRECISION_NAMES = ("fp32", "fp16", "int8")  # of `weights`, which needs torch
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -28,9 +30,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "int8"),
+        choices=PRECISION_NAMES,
         default="fp32",
         help="how weights are stored; fp16 is computed in fp32 on a CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision-of",
+        metavar="GRAPH=PRECISION",
+        type=_precision_of,
+        action="append",
+        default=[],
+        help="another precision for one graph, as in decoder_step=int8; may be repeated",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument(
@@ -42,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the example request")
     parser.add_argument("--verbose", action="store_true", help="one line per graph while it runs")
     return parser
+
+
+def _precision_of(text: str) -> tuple[str, str]:
+    role, _, precision = text.partition("=")
+    if not role or precision not in PRECISION_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GRAPH= and one of {', '.join(PRECISION_NAMES)}")
+    return role, precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,21 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> None:
     try:
         from deixis_export.export import ExportOptions, export_bundle
-        from deixis_export.presets import preset, random_model, random_tokenizer_for
+        from deixis_export.presets import random_parts
         from deixis_train.checkpoint import load_checkpoint
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
 
     start = time.perf_counter()
-    settings = ExportOptions(options.precision, options.seed, options.licence)
+    settings = ExportOptions(options.precision, options.seed, options.licence, dict(options.precision_of))
     if options.preset is not None:
-        config = preset(options.preset)
+        model, tokenizer_json = random_parts(options.preset, options.seed)
         bundle = export_bundle(
-            random_model(config, options.seed),
+            model,
             options.out,
-            tokenizer_json=random_tokenizer_for(config),
+            tokenizer_json=tokenizer_json,
             options=settings,
-            source=f"random weights, preset {config.name}, seed {options.seed}",
+            source=f"random weights, preset {options.preset}, seed {options.seed}",
             force=options.force,
         )
     else:
@@ -105,6 +122,10 @@ def _export(options: argparse.Namespace) -> None:
     worst = max((r.error, name) for name, r in manifest.parity.items() if name.startswith(("graph/", "chain/")))
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB, {options.precision}; "
+        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB, {_precisions(options)}; "
         f"worst parity {worst[0]:.1e} ({worst[1]}); {time.perf_counter() - start:.0f} s"
     )
+
+
+def _precisions(options: argparse.Namespace) -> str:
+    return ", ".join([options.precision, *(f"{role} {precision}" for role, precision in options.precision_of)])

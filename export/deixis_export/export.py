@@ -7,13 +7,13 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deixis.bundle import (
     Bundle,
@@ -27,10 +27,10 @@ from deixis.bundle import (
     write_manifest,
 )
 from deixis.errors import ExportError
-from deixis_export.cases import GOLDEN, OTHER, Case, golden_arrays, make_cases
-from deixis_export.chain import chain_parity
-from deixis_export.graphs import GraphSpec, graph_specs, run_torch, shared_roles
-from deixis_export.manifest import detection_spec, make_manifest, task_table
+from deixis_export.cases import Case, golden_arrays
+from deixis_export.families import Family, family_of
+from deixis_export.graph_spec import GraphSpec, M, run_torch
+from deixis_export.manifest import Contents
 from deixis_export.session import Arrays, GraphSession, relative_error
 from deixis_export.trace import OPSET, TracedGraph, trace
 from deixis_export.weights import (
@@ -38,14 +38,15 @@ from deixis_export.weights import (
     PRECISIONS,
     PrecisionName,
     WeightFile,
+    has_low,
     quantize_int8,
     round_to_fp16,
     store_fp16,
     total_bytes,
     write_graph,
 )
+from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.models.tiny_vit import TinyVit
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +64,22 @@ DECODER_WEIGHTS = "decoder.data"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """precision: how weights are stored. seed: of the example request. licence: stated in the manifest."""
+    """precision: how weights are stored. seed: of the example request. licence: stated in the manifest.
+
+    precision_of: by role, for graphs that differ from the others.
+    """
 
     precision: PrecisionName = "fp32"
     seed: int = 0
     licence: str = ""
+    precision_of: Mapping[str, PrecisionName] = field(default_factory=dict)
+
+    def of(self, role: str) -> PrecisionName:
+        return self.precision_of.get(role, self.precision)
 
 
 def export_bundle(
-    model: PixelLLM,
+    model: PixelLLM | Glamm,
     destination: Path,
     *,
     tokenizer_json: str,
@@ -88,7 +96,7 @@ def export_bundle(
         destination: the bundle's directory; it appears only when everything is written and checked.
         tokenizer_json: text of the tokenizer file.
         options: precision and the like.
-        tasks: overrides of the task table (`deixis_train.tasks.default_tasks`).
+        tasks: overrides of the task table (`deixis_train.tasks`).
         documents: MODEL_CARD.md and NOTICE by name.
         source: where the weights come from, for the manifest.
         force: replace an existing bundle.
@@ -98,30 +106,31 @@ def export_bundle(
             Nothing is left.
         FileExistsError: the destination exists and `force` is False, or is not a bundle.
     """
-    options = options or ExportOptions()
-    if options.precision not in PRECISIONS:
-        raise ExportError(f"unknown precision {options.precision!r}; choose one of {', '.join(PRECISIONS)}")
-    table = task_table(model.config, tasks or {})
+    options, tasks = options or ExportOptions(), tasks or {}
+    family = family_of(model)
+    specs = family.graph_specs(model)
+    _check_options(specs, options)
+    family.check_tasks(model, tasks)
     try:
         with write_bundle(destination, force=force) as work:
-            parity = _write_graphs(model.eval(), work, options)
+            parity = _write_graphs(family, model.eval(), work, options)
             _write_text(work / TOKENIZER_FILE, tokenizer_json)
             for name, text in (documents or {}).items():
                 _write_text(work / name, text)
-            manifest = make_manifest(
-                model,
+            contents = Contents(
                 graphs=parity.graphs,
                 files=describe_files(work),
-                tasks=table,
-                detection=detection_spec(model.config, tasks),
                 parity=parity.records,
                 tokenizer_file=TOKENIZER_FILE,
                 golden_file=GOLDEN_FILE,
                 source=source,
                 licence=options.licence,
             )
+            manifest = family.make_manifest(model, tasks, contents)
             write_manifest(work, manifest)
-            records = chain_parity(model, work, options.precision, options.seed)
+            # Where any graph rounds activations, the chain can only be recorded.
+            lowest = "int8" if any(options.of(role) == "int8" for role in specs) else options.precision
+            records = family.chain_parity(model, work, lowest, options.seed)
             for name, record in records.items():
                 _require(name, record)
             parity.records.update(records)
@@ -136,63 +145,83 @@ def export_bundle(
     return open_bundle(destination)
 
 
+def _check_options(specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) -> None:
+    for precision in (options.precision, *options.precision_of.values()):
+        if precision not in PRECISIONS:
+            raise ExportError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    unknown = set(options.precision_of) - set(specs)
+    if unknown:
+        raise ExportError(f"this model has no graph {sorted(unknown)[0]!r}; it has {', '.join(specs)}")
+
+
 @dataclass
 class _Result:
     graphs: dict[str, Graph]
     records: dict[str, ParityRecord]
 
 
-def _write_graphs(model: PixelLLM, work: Path, options: ExportOptions) -> _Result:
+def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: ExportOptions) -> _Result:
     (work / "graphs").mkdir()
     (work / "golden").mkdir()
-    specs = graph_specs(model)
-    cases = [make_cases(model, GOLDEN, options.seed), make_cases(model, OTHER, options.seed + 1)]
+    specs = family.graph_specs(model)
+    cases = family.make_cases(model, options.seed)
     before = {role: _numpy(run_torch(spec, model, cases[0][role])) for role, spec in specs.items()}
-    _prepare(model, options.precision)
+    with torch.no_grad():
+        family.fold(model)
+    _round_weights(model, specs, options)
     result = _Result({}, {})
     golden: Arrays = {}
     with ExitStack() as stack:
-        shared = stack.enter_context(WeightFile(work / "graphs" / DECODER_WEIGHTS))
+        decoder = stack.enter_context(WeightFile(work / "graphs" / DECODER_WEIGHTS))
         for role, spec in specs.items():
-            start = time.perf_counter()
+            start, precision = time.perf_counter(), options.of(role)
             expected = [_numpy(run_torch(spec, model, case[role])) for case in cases]
-            external = _write_graph(spec, model, cases[1][role], work / "graphs", shared, options.precision)
+            shared = decoder if role in family.shared_roles(model) else None
+            external = _write_graph(spec, model, cases[1][role], work / "graphs", shared, precision)
             path = work / "graphs" / f"{role}.onnx"
             with GraphSession(path) as session:
                 actual = [session.run(_numpy(case[role])) for case in cases]
             error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
-            int8 = options.precision == "int8"
-            against = "torch fp32" if options.precision == "fp32" else "torch with the same fp16 weights"
+            int8 = precision == "int8"
+            against = "torch fp32" if precision == "fp32" else "torch with the same fp16 weights"
             record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, against)
             result.records[f"graph/{role}"] = record
             _require(f"graph/{role}", record)
-            if options.precision != "fp32":
-                drift = ParityRecord(relative_error(actual[0], before[role]), DRIFT_TOLERANCE[options.precision])
+            if precision != "fp32":
+                drift = ParityRecord(relative_error(actual[0], before[role]), DRIFT_TOLERANCE[precision])
                 result.records[f"drift/{role}"] = drift
                 _require(f"drift/{role}", drift)
             # What a user's device has to give: the model's numbers, or for int8 the numbers of the graph itself.
             golden |= golden_arrays(role, _numpy(cases[0][role]), actual[0] if int8 else expected[0])
-            result.graphs[role] = _describe(spec, external, options.precision)
+            result.graphs[role] = _describe(spec, external, precision)
             log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
     _save_npz(work / GOLDEN_FILE, golden)
     return result
 
 
-@torch.no_grad()
-def _prepare(model: PixelLLM, precision: PrecisionName) -> None:
-    """Fold what is constant at inference, then round the weights as they are stored."""
-    model.text.merge_lora()
-    if isinstance(model.sam_encoder, TinyVit):
-        model.sam_encoder.fuse_batchnorm()
-    if precision != "fp32":
+def _round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) -> None:
+    """Round the weights of each graph as it stores them. Raises ExportError where two graphs disagree about a part."""
+    users: dict[str, str] = {}
+    for role, spec in specs.items():
+        for part in spec.parts:
+            other = users.setdefault(part, role)
+            lowered = [options.of(user) != "fp32" for user in (role, other)]
+            if lowered[0] != lowered[1] and has_low(getattr(model, part)):
+                raise ExportError(
+                    f"{other} and {role} hold the same weights ({part}), so one cannot be fp32 without the other"
+                )
+    for part, role in users.items():
+        module = getattr(model, part)
+        if options.of(role) == "fp32" or module is None:
+            continue
         try:
-            round_to_fp16(model)
+            round_to_fp16(module, part)
         except ValueError as error:
             raise ExportError(str(error)) from None
 
 
 def _write_graph(
-    spec: GraphSpec, model: PixelLLM, example: Case, folder: Path, shared: WeightFile, precision: PrecisionName
+    spec: GraphSpec[M], model: M, example: Case, folder: Path, shared: WeightFile | None, precision: PrecisionName
 ) -> tuple[str, ...]:
     """Trace, lower the precision and write one graph. Returns its external files, relative to the bundle."""
     traced: TracedGraph = trace(spec, model, example)
@@ -202,10 +231,10 @@ def _write_graph(
     if precision != "fp32":
         store_fp16(traced)
     path = folder / f"{spec.role}.onnx"
-    if spec.role in shared_roles(model):
+    if shared is not None:
         write_graph(traced, path, shared)
         shared.flush()
-        return (f"graphs/{DECODER_WEIGHTS}",)
+        return (f"graphs/{shared.path.name}",)
     if total_bytes(traced) < EXTERNAL_LIMIT_BYTES:
         write_graph(traced, path)
         return ()
@@ -214,7 +243,7 @@ def _write_graph(
     return (f"graphs/{spec.role}.data",)
 
 
-def _describe(spec: GraphSpec, external: tuple[str, ...], precision: PrecisionName) -> Graph:
+def _describe(spec: GraphSpec[Any], external: tuple[str, ...], precision: PrecisionName) -> Graph:
     def infos(tensors: Any) -> dict[str, TensorInfo]:
         return {tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.dims) for tensor in tensors}
 

@@ -6,46 +6,15 @@ it computes is a method of `PixelLLM`. Tensors keep their logical names in the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
+from deixis_export.graph_spec import GraphSpec, TensorSpec, View, pairs_of, run_torch
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 
-Dims = tuple[int | str, ...]
+__all__ = ["GraphSpec", "TensorSpec", "graph_specs", "run_torch", "shared_roles"]
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A named tensor at the border of a graph. A string in `dims` is a symbolic dimension."""
-
-    name: str
-    dims: Dims
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """What a graph takes, gives and computes.
-
-    `module` builds the function, whose arguments are `inputs` in their order.
-    """
-
-    role: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    module: Callable[[PixelLLM], nn.Module]
-
-
-class _View(nn.Module):
-    """A graph's view of the model."""
-
-    def __init__(self, model: PixelLLM) -> None:
-        super().__init__()
-        self.model = model
+_View = View[PixelLLM]
 
 
 class SemanticEncoder(_View):
@@ -74,7 +43,7 @@ class TextEncoder(_View):
 
 class DecoderStep(_View):
     def forward(self, ids: Tensor, position: Tensor, encoder_mask: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        pairs = _pairs(caches)
+        pairs = pairs_of(caches)
         cross, own = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         logits, features, written = self.model.text.step(ids, position, own, cross, encoder_mask > 0.5)
         return (logits, features, *_locations(self.model, features), *(tensor for pair in written for tensor in pair))
@@ -82,7 +51,7 @@ class DecoderStep(_View):
 
 class DecoderPass(_View):
     def forward(self, ids: Tensor, encoder_mask: Tensor, *cross: Tensor) -> tuple[Tensor, ...]:
-        _, features = self.model.text.decode(ids, None, encoder_mask > 0.5, cross=_pairs(cross), with_logits=False)
+        _, features = self.model.text.decode(ids, None, encoder_mask > 0.5, cross=pairs_of(cross), with_logits=False)
         return (features, *_locations(self.model, features))
 
 
@@ -118,10 +87,6 @@ class BoxRefine(_View):
         return self.model.box_decoder.roi(pyramid, boxes)
 
 
-def _pairs(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
-
-
 def _locations(model: PixelLLM, features: Tensor) -> tuple[Tensor, ...]:
     return () if model.point_predictor is None else (model.locate(features),)
 
@@ -148,7 +113,7 @@ def shared_roles(model: PixelLLM) -> tuple[str, ...]:
     return ("text_encoder", *decoder) if model.text.encoder_shares_weights else decoder
 
 
-def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
+def graph_specs(model: PixelLLM) -> dict[str, GraphSpec[PixelLLM]]:
     """The graphs that a model is cut into, by role, in the order of a request."""
     config = model.config
     size, grid, sam = config.image_size, model.grid, model.sam_grid
@@ -168,24 +133,33 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
         return (features, TensorSpec("locations", (rows, length, config.point_predictor.num_output_points, 2)))
 
     specs = [
-        GraphSpec("semantic_encoder", image, (TensorSpec("semantic", ("B", grid, grid, c1)),), SemanticEncoder),
+        GraphSpec(
+            "semantic_encoder",
+            image,
+            (TensorSpec("semantic", ("B", grid, grid, c1)),),
+            SemanticEncoder,
+            ("semantic_encoder",),
+        ),
         GraphSpec(
             "sam_encoder",
             image,
             (TensorSpec("sam", ("B", sam, sam, c2)), TensorSpec("sam_on_grid", ("B", grid, grid, c2))),
             SamEncoder,
+            ("sam_encoder",),
         ),
         GraphSpec(
             "prompt_extractor",
             (TensorSpec("features", ("B", grid, grid, c1 + c2)), index, *points),
             (TensorSpec("visual_prefix", ("R", queries, width)),),
             PromptExtractor,
+            ("prompt_encoder", "prompt_adapter", "visual_projection"),
         ),
         GraphSpec(
             "text_encoder",
             (TensorSpec("visual_prefix", ("N", queries, width)), TensorSpec("context_ids", ("N", "C"), "int64")),
             cross,
             TextEncoder,
+            ("text",),
         ),
         GraphSpec(
             "decoder_step",
@@ -201,16 +175,21 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
                 *_caches("self", config, "R", "T", "_out"),
             ),
             DecoderStep,
+            ("text", "point_predictor"),
         ),
         GraphSpec(
-            "decoder_pass", (TensorSpec("ids", ("N", "L"), "int64"), *cross), text_outputs("N", "L"), DecoderPass
+            "decoder_pass",
+            (TensorSpec("ids", ("N", "L"), "int64"), *cross),
+            text_outputs("N", "L"),
+            DecoderPass,
+            ("text", "point_predictor"),
         ),
     ]
     if config.mask_adapter is not None:
         prefix = TensorSpec("visual_prefix", ("R", queries, width))
         delta = TensorSpec("prompt_delta", ("R", config.mask_adapter.num_outputs, prompt))
         inputs = (prefix, TensorSpec("features", ("R", "L", width)))
-        specs.append(GraphSpec("mask_adapter", inputs, (delta,), MaskAdapter))
+        specs.append(GraphSpec("mask_adapter", inputs, (delta,), MaskAdapter, ("mask_adapter",)))
     if config.mask_decoder is not None:
         masks = config.mask_decoder.num_multimask_outputs + 1
         specs.append(
@@ -224,6 +203,7 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
                 ),
                 (TensorSpec("masks", ("R", masks, 4 * sam, 4 * sam)), TensorSpec("iou", ("R", masks))),
                 MaskDecoder,
+                ("prompt_encoder", "mask_decoder"),
             )
         )
     if model.box_decoder is not None:
@@ -238,21 +218,14 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec]:
                 (TensorSpec("features", ("B", grid, grid, c1 + c2)),),
                 (*pyramid, TensorSpec("heatmap", ("B", places)), TensorSpec("boxes", ("B", places, 4))),
                 BoxProposals,
+                ("box_decoder",),
             ),
             GraphSpec(
                 "box_refine",
                 (*pyramid, TensorSpec("boxes", ("B", "O", 4))),
                 (TensorSpec("logits", ("B", "O", 2)), TensorSpec("deltas", ("B", "O", 4))),
                 BoxRefine,
+                ("box_decoder",),
             ),
         ]
     return {spec.role: spec for spec in specs}
-
-
-@torch.no_grad()
-def run_torch(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model itself computes for a graph's inputs."""
-    module = spec.module(model).eval()
-    result = module(*(inputs[tensor.name] for tensor in spec.inputs))
-    values = result if isinstance(result, tuple) else (result,)
-    return {tensor.name: value for tensor, value in zip(spec.outputs, values, strict=True)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,10 +40,32 @@ from deixis_train.tasks import DETECTION_CHOICES, default_tasks
 PAD_ID = 0  # of every text head
 MAX_PICTURES, MAX_ROWS = 16, 128
 
+Overrides = Mapping[str, Mapping[str, Any]]  # fields of tasks that a checkpoint sets itself, by task
 
-def detection_spec(
-    config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]] | None = None
-) -> DetectionSpec | None:
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle holds whatever the family of its model, as the manifest says it."""
+
+    graphs: dict[str, Graph]
+    files: dict[str, FileInfo]
+    parity: dict[str, ParityRecord]
+    tokenizer_file: str
+    golden_file: str
+    source: str
+    licence: str
+
+    def provenance(self) -> Provenance:
+        return Provenance(
+            exporter=f"deixis {__version__}",
+            created=_today(),
+            source=self.source,
+            licence=self.licence,
+            versions=_versions(),
+        )
+
+
+def detection_spec(config: PixelLLMConfig, overrides: Overrides | None = None) -> DetectionSpec | None:
     """How the runtime joins both stages of the detector, with a checkpoint's own settings; None without one."""
     detector = config.box_decoder
     if detector is None:
@@ -61,24 +84,35 @@ def detection_spec(
     return dataclasses.replace(spec, **{name: chosen[name] for name in DETECTION_CHOICES if name in chosen})
 
 
-def task_table(config: PixelLLMConfig, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskSpec]:
+def task_table(config: PixelLLMConfig, overrides: Overrides) -> dict[str, TaskSpec]:
     """Defaults with a checkpoint's own settings over them. Raises ExportError for unknown ones and too long ones."""
-    tasks = default_tasks(config)
+    tasks = override_tasks(default_tasks(config), overrides, {"dense_captions": DETECTION_CHOICES})
+    positions = config.text.max_positions
+    for name in overrides:
+        longest = max(tasks[name].max_length, tasks[name].instruction_tokens)
+        if positions is not None and longest > positions:
+            raise ExportError(f"task {name!r} has texts of {longest} tokens, the text head only {positions} positions")
+    return tasks
+
+
+def override_tasks(
+    tasks: Mapping[str, TaskSpec], overrides: Overrides, beside: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, TaskSpec]:
+    """A task table with a checkpoint's own settings over it; `beside` names what a task may set that is no field of
+    TaskSpec. Raises ExportError for unknown tasks and fields."""
+    table = dict(tasks)
     fields = {f.name for f in dataclasses.fields(TaskSpec)}
     for name, values in overrides.items():
-        if name not in tasks:
-            raise ExportError(f"the checkpoint sets task {name!r}, which this model has not; it has {', '.join(tasks)}")
-        known = fields | set(DETECTION_CHOICES) if name == "dense_captions" else fields
+        if name not in table:
+            raise ExportError(f"the checkpoint sets task {name!r}, which this model has not; it has {', '.join(table)}")
+        known = fields | set((beside or {}).get(name, ()))
         unknown = set(values) - known
         if unknown:
             raise ExportError(
                 f"task {name!r}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}"
             )
-        tasks[name] = dataclasses.replace(tasks[name], **{k: v for k, v in values.items() if k in fields})
-        longest, positions = max(tasks[name].max_length, tasks[name].instruction_tokens), config.text.max_positions
-        if positions is not None and longest > positions:
-            raise ExportError(f"task {name!r} has texts of {longest} tokens, the text head only {positions} positions")
-    return tasks
+        table[name] = dataclasses.replace(table[name], **{k: v for k, v in values.items() if k in fields})
+    return table
 
 
 def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimRange]:
@@ -104,31 +138,22 @@ def dim_ranges(model: PixelLLM, tasks: Mapping[str, TaskSpec]) -> dict[str, DimR
     }
 
 
-def make_manifest(
-    model: PixelLLM,
-    *,
-    graphs: dict[str, Graph],
-    files: dict[str, FileInfo],
-    tasks: dict[str, TaskSpec],
-    detection: DetectionSpec | None,
-    parity: dict[str, ParityRecord],
-    tokenizer_file: str,
-    golden_file: str,
-    source: str,
-    licence: str,
-) -> Manifest:
+def make_manifest(model: PixelLLM, overrides: Overrides, contents: Contents) -> Manifest:
+    """The manifest of a bundle of family pixelllm; `overrides` are a checkpoint's own settings of tasks."""
+    tasks = task_table(model.config, overrides)
+    detection = detection_spec(model.config, overrides)
     config = model.config
     cache = CacheSpec(config.text.layers, config.text.heads, config.text.head_dim)
     return Manifest(
         format=Format(FORMAT_NAME, "1.0" if detection is None else "1.1"),  # the oldest that has it all
         model=ModelInfo("pixelllm", config.name),
-        files=files,
-        graphs=graphs,
+        files=contents.files,
+        graphs=contents.graphs,
         dims=dim_ranges(model, tasks),
         caches=Caches(cache, cache, default_capacity=max(task.max_length for task in tasks.values())),
         image=ImageSpec(config.image_size),
         tokenizer=TokenizerSpec(
-            tokenizer_file,
+            contents.tokenizer_file,
             config.begin_token_id,
             config.end_token_id,
             PAD_ID,
@@ -139,15 +164,9 @@ def make_manifest(
         prompts=PromptSpec("box" if config.prompt_use_box_rate > 0 else "corners"),
         tasks=tasks,
         mask=MaskSpec(prompt_width=config.prompt_embed_dim),
-        parity=parity,
-        golden=golden_file,
-        provenance=Provenance(
-            exporter=f"deixis {__version__}",
-            created=_today(),
-            source=source,
-            licence=licence,
-            versions=_versions(),
-        ),
+        parity=contents.parity,
+        golden=contents.golden_file,
+        provenance=contents.provenance(),
         detection=detection,
     )
 

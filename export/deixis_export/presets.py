@@ -1,6 +1,7 @@
 """Models of random weights at preset sizes, for tests and benchmarks. Nothing in them is trained.
 
-The sizes themselves are `PRESETS` of `deixis_train.models.config`.
+The sizes themselves are `PRESETS` of `deixis_train.models.config` and `GLAMM_PRESETS` of
+`deixis_train.models.glamm.config`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ import string
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from deixis_export.presets_glamm import random_glamm, random_glamm_tokenizer
+from deixis_export.random_weights import EVERYDAY_WORDS, stir
 from deixis_train.models.config import PRESETS, PixelLLMConfig
+from deixis_train.models.glamm.config import GLAMM_PRESETS
+from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.training.vocabulary import build_tokenizer
 
-_WORDS = (
-    "a an and are at ball behind big black blue book bottle box brown can caption cat chair cup dark fork "
-    "front green grey image in is it knife large left light long mug near next object of on orange pear "
-    "picture pink plate purple red right round small spoon table the there to toy two under upside where "
-    "which white with yellow"
-)
 EOS_TILT = 2.6  # EOS' mean logit as a share of the best other one
 _CHARACTERS = 49  # pieces that are no words: special ids, punctuation, letters and digits
 
@@ -31,13 +30,8 @@ def random_model(config: PixelLLMConfig, seed: int = 0) -> PixelLLM:
     """
     torch.manual_seed(seed)
     model = PixelLLM(config).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            flat = bool((value == value.flatten()[0]).all())
-            if flat and value.numel() > 1:
-                scale = 0.5 if name.endswith("gate") else 0.05
-                value.add_(torch.randn(value.shape, generator=generator) * scale)
+        stir(model, seed)
         _let_captions_end(model)
     return model
 
@@ -56,7 +50,7 @@ def _let_captions_end(model: PixelLLM) -> None:
 
 def random_tokenizer(vocab: int) -> str:
     """`tokenizer.json` text of a small Unigram vocabulary: everyday words, then numbered ones up to `vocab` pieces."""
-    words = _WORDS.split()[: vocab - _CHARACTERS]
+    words = EVERYDAY_WORDS.split()[: vocab - _CHARACTERS]
     words += [f"word{i}" for i in range(vocab - _CHARACTERS - len(words))]
     return build_tokenizer(words, vocab).to_str()
 
@@ -69,7 +63,7 @@ def random_tokenizer_for(config: PixelLLMConfig) -> str:
     characters = string.ascii_lowercase + string.digits + string.punctuation
     # A word must not lack its letters; of the words as many as there is room for.
     pieces = [*characters, *("##" + c for c in string.ascii_lowercase + string.digits)]
-    pieces += [word for word in _WORDS.split() if len(word) > 1]
+    pieces += [word for word in EVERYDAY_WORDS.split() if len(word) > 1]
     pieces += [f"word{i}" for i in range(config.bert.vocab - len(names) - len(pieces))]
     rest = iter(pieces)
     vocabulary = {names[i] if i in names else next(rest): i for i in range(config.bert.vocab)}
@@ -81,8 +75,17 @@ def random_tokenizer_for(config: PixelLLMConfig) -> str:
     return tokenizer.to_str()
 
 
+def random_parts(name: str, seed: int = 0) -> tuple[PixelLLM | Glamm, str]:
+    """A random model of a preset of any family and its tokenizer's JSON. Raises ValueError for an unknown name."""
+    if name in GLAMM_PRESETS:
+        sizes = GLAMM_PRESETS[name]
+        return random_glamm(sizes, seed), random_glamm_tokenizer(sizes)
+    config = preset(name)
+    return random_model(config, seed), random_tokenizer_for(config)
+
+
 def preset(name: str) -> PixelLLMConfig:
-    """Raises ValueError for an unknown name."""
+    """Sizes of a PixelLLM. Raises ValueError for an unknown name."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join((*PRESETS, *GLAMM_PRESETS))}")
     return PRESETS[name]

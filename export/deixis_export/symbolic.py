@@ -1,8 +1,8 @@
-"""How two PyTorch functions are written in ONNX, where TorchScript's exporter does worse.
+"""How functions are written in ONNX that TorchScript's exporter does not know, or writes worse.
 
 Its own `unflatten` records the traced sizes as if they were fixed, so that a dynamic dimension behind it ends up as a
 constant; its own `flatten` costs five nodes. Where the axes in question are the last ones, both are a single Reshape
-with a constant shape.
+with a constant shape. RoIAlign is an operator of `deixis_train`, and one node of ONNX.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.onnx
 from torch.onnx import symbolic_helper, symbolic_opset9, symbolic_opset13
+
+from deixis_train.models.glamm.roi_align import OPERATOR, SAMPLES
 
 # PyTorch's own type hints leave these modules' functions out.
 _onnx: Any = torch.onnx
@@ -47,19 +49,38 @@ def _flatten(g: Any, x: Any, start: Any, end: Any) -> Any:
     return _reshape(g, x, [0] * (first % rank) + [-1])
 
 
+def _roi_align(g: Any, maps: Any, boxes: Any, index: Any, size: Any, scale: Any) -> Any:
+    """mmcv's RoIAlign with `aligned` (GLaMM section 4), which is ONNX's from opset 16 on."""
+    side = _constant(size, "i")
+    found = g.op(
+        "RoiAlign",
+        maps,
+        boxes,
+        index,
+        coordinate_transformation_mode_s="half_pixel",
+        mode_s="avg",
+        output_height_i=side,
+        output_width_i=side,
+        sampling_ratio_i=SAMPLES,
+        spatial_scale_f=_constant(scale, "f"),
+    )
+    return found.setType(maps.type().with_sizes([None, _helper._get_tensor_dim_size(maps, 1), side, side]))
+
+
 def _constant(value: Any, kind: str) -> Any:
-    """The integer or list of integers that a traced value is, or None when it is computed in the graph."""
+    """The number or list of integers that a traced value is, or None when it is computed in the graph."""
     found = _helper._maybe_get_const(value, kind)
-    return found if isinstance(found, int | list | tuple) else None
+    return found if isinstance(found, int | float | list | tuple) else None
 
 
 @contextmanager
-def better_reshapes(opset: int) -> Iterator[None]:
+def own_symbolics(opset: int) -> Iterator[None]:
     """Use the functions above for exports within the block."""
-    _onnx.register_custom_op_symbolic("aten::unflatten", _unflatten, opset)
-    _onnx.register_custom_op_symbolic("aten::flatten", _flatten, opset)
+    own = {"aten::unflatten": _unflatten, "aten::flatten": _flatten, OPERATOR: _roi_align}
+    for name, function in own.items():
+        _onnx.register_custom_op_symbolic(name, function, opset)
     try:
         yield
     finally:
-        _onnx.unregister_custom_op_symbolic("aten::unflatten", opset)
-        _onnx.unregister_custom_op_symbolic("aten::flatten", opset)
+        for name in own:
+            _onnx.unregister_custom_op_symbolic(name, opset)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,9 +22,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from deixis_export.graphs import GraphSpec
-from deixis_export.symbolic import better_reshapes
-from deixis_train.models.pixelllm import PixelLLM
+from deixis_export.graph_spec import GraphSpec, M
+from deixis_export.symbolic import own_symbolics
 
 OPSET = 17
 
@@ -41,7 +41,7 @@ class TracedGraph:
     constants: dict[str, np.ndarray]
 
 
-def trace(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> TracedGraph:
+def trace(spec: GraphSpec[M], model: M, inputs: dict[str, Tensor]) -> TracedGraph:
     """Trace a graph on example inputs, whose dynamic sizes should differ from 1 and from each other."""
     module = spec.module(model).eval()  # not optional: the exporter restores the outer module's mode to all children
     names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
@@ -56,7 +56,7 @@ def trace(spec: GraphSpec, model: PixelLLM, inputs: dict[str, Tensor]) -> Traced
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
-            better_reshapes(OPSET),
+            own_symbolics(OPSET),
             tempfile.TemporaryDirectory(prefix="deixis-trace-") as folder,
         ):
             path = Path(folder) / "graph.onnx"
@@ -196,7 +196,7 @@ def _merge_equal(traced: TracedGraph) -> None:
             del traced.constants[name]
 
 
-def _set_border(model: onnx.ModelProto, spec: GraphSpec) -> None:
+def _set_border(model: onnx.ModelProto, spec: GraphSpec[Any]) -> None:
     """State shapes as the contract does; the tracer infers some output dimensions under names of its own."""
     graph = model.graph
     for items, tensors in ((graph.input, spec.inputs), (graph.output, spec.outputs)):

@@ -31,13 +31,18 @@ def stored_low(shape: tuple[int, ...], nbytes: int) -> bool:
     return len([size for size in shape if size > 1]) >= 2 and nbytes >= LOW_PRECISION_MIN_BYTES
 
 
+def has_low(module: nn.Module | None) -> bool:
+    """Whether a part of a model has a parameter that is stored below fp32."""
+    return module is not None and any(stored_low(tuple(p.shape), p.numel() * 4) for p in module.parameters())
+
+
 @torch.no_grad()
-def round_to_fp16(module: nn.Module) -> None:
+def round_to_fp16(module: nn.Module, part: str) -> None:
     """Round in place every parameter that is stored in fp16, so that the model is the one that the bundle holds.
 
-    Raises ValueError for a parameter beyond fp16's range.
+    Raises ValueError for a parameter beyond fp16's range, named below `part`.
     """
-    for name, value in module.named_parameters():
+    for name, value in module.named_parameters(prefix=part):
         if stored_low(tuple(value.shape), value.numel() * 4):
             rounded = value.half().float()
             if not torch.isfinite(rounded).all():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from deixis.bundle import TaskSpec
 from deixis_train.models.config import PixelLLMConfig
+from deixis_train.models.glamm.config import GlammConfig
 
 TRACE_RULE, REFER_RULE = "begin,end,pad", "^end-1"  # section 8
 REGION_CAPTION_LENGTH = 40  # section 11
@@ -41,4 +42,39 @@ def default_tasks(config: PixelLLMConfig) -> dict[str, TaskSpec]:
         )
     if config.box_decoder is not None:
         tasks["dense_captions"] = region
+    return tasks
+
+
+# The published questions to the letter (GLaMM section 8). The five spaces are part of what the weights were trained on.
+DESCRIBE = "Could you please give me a detailed description of the image?"
+DESCRIBE_GROUNDED = (
+    f"{DESCRIBE} Please respond with interleaved     segmentation masks for the corresponding parts of the answer."
+)
+DESCRIBE_REGION = "Can you provide me with a detailed description of the region in the picture marked by <bbox>?"
+
+
+def glamm_tasks(config: GlammConfig) -> dict[str, TaskSpec]:
+    """The task table of a GLaMM: the question of each task, `{text}` being the user's, and the longest answers.
+
+    Decoding is greedy, and a token may repeat the one before. No question was published for `ground_phrases`; its
+    answer is a text that exists already, so it asks what `grounded_caption` asks.
+    """
+
+    def ask(question: str) -> TaskSpec:
+        return TaskSpec(
+            instruction=question,
+            instruction_tokens=config.max_question_tokens,
+            max_length=config.max_new_tokens,
+            ban_repeat=False,
+        )
+
+    tasks = {
+        "caption": ask(DESCRIBE),
+        "refer": ask("Can you segment the {text} in this image?"),
+        "grounded_caption": ask(DESCRIBE_GROUNDED),
+        "ground_phrases": ask(DESCRIBE_GROUNDED),
+        "ask": ask("{text}"),
+    }
+    if config.region is not None:
+        tasks["region_caption"] = ask(DESCRIBE_REGION)
     return tasks
