@@ -12,6 +12,7 @@ from deixis.cli import parts
 from deixis.engines import DEVICES
 
 DEFAULT_BUNDLE = "tabletop"
+TALKING_BUNDLE = "tabletop-glamm"  # for the commands of models that converse
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of everything but the other parts' commands; parsed options carry `run`, the function to call."""
-    from deixis.cli import checks, demo, tasks
+    from deixis.cli import checks, demo, talk, tasks
 
     root = Parser(
         prog="deixis",
@@ -75,6 +76,42 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("text", metavar="TEXT", help="the words to be placed")
     sub.set_defaults(run=tasks.trace)
 
+    sub = commands.add_parser("grounded-caption", help="describe a picture, with a mask for every phrase")
+    _task(sub, TALKING_BUNDLE)
+    _length(sub)
+    sub.add_argument("--stream", action="store_true", help="print words as they come")
+    sub.set_defaults(run=talk.grounded_caption)
+
+    sub = commands.add_parser("ask", help="answer a question about a picture, with masks where the answer shows things")
+    _task(sub, TALKING_BUNDLE)
+    sub.add_argument("question", metavar="QUESTION", help="it names the boxes by <bbox>, in their order, or not at all")
+    _boxes(sub)
+    _length(sub)
+    sub.add_argument("--stream", action="store_true", help="print words as they come")
+    sub.set_defaults(run=talk.ask)
+
+    sub = commands.add_parser(
+        "chat",
+        help="talk about a picture",
+        description="Talk about a picture: one question a line, from the terminal or from the standard input. "
+        "A box in a question is written as [x0,y0,x1,y1], in pixels. 'exit' or the end of the input ends it.",
+    )
+    _task(sub, TALKING_BUNDLE)
+    _length(sub)
+    sub.set_defaults(run=talk.chat)
+
+    sub = commands.add_parser("ground-phrases", help="find the masks of the things that a given text names")
+    _task(sub, TALKING_BUNDLE)
+    sub.add_argument("text", metavar="TEXT", help="the text")
+    sub.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="PHRASE",
+        help="a part of the text; may be repeated (default: the model marks the phrases)",
+    )
+    sub.set_defaults(run=talk.ground_phrases)
+
     sub = commands.add_parser("inspect", help="print what a bundle holds")
     sub.add_argument("bundle", metavar="BUNDLE", nargs="?", default=DEFAULT_BUNDLE, help="folder or name of a bundle")
     sub.add_argument("--json", action="store_true", help="the whole manifest as JSON")
@@ -99,20 +136,20 @@ def _device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--debug", action="store_true", help="show tracebacks and logs")
 
 
-def _model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bundle", default=DEFAULT_BUNDLE, help="folder or name of a bundle (default: %(default)s)")
+def _model(sub: argparse.ArgumentParser, bundle: str = DEFAULT_BUNDLE) -> None:
+    sub.add_argument("--bundle", default=bundle, help="folder or name of a bundle (default: %(default)s)")
     _device(sub)
 
 
-def _task(sub: argparse.ArgumentParser) -> None:
+def _task(sub: argparse.ArgumentParser, bundle: str = DEFAULT_BUNDLE) -> None:
     sub.add_argument("image", metavar="IMAGE", help="a picture file")
-    _model(sub)
+    _model(sub, bundle)
     sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - is the standard output")
     sub.add_argument("--overlay", metavar="FILE", help="write a picture of the result (.png, .jpg)")
     sub.add_argument("--deadline-ms", type=_milliseconds, metavar="MS", help="give up when one answer takes longer")
 
 
-def _prompt(sub: argparse.ArgumentParser) -> None:
+def _boxes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--box",
         type=_box,
@@ -121,6 +158,10 @@ def _prompt(sub: argparse.ArgumentParser) -> None:
         metavar="X0,Y0,X1,Y1",
         help="a region in pixels; may be repeated",
     )
+
+
+def _prompt(sub: argparse.ArgumentParser) -> None:
+    _boxes(sub)
     sub.add_argument(
         "--point",
         type=_point,
@@ -133,6 +174,10 @@ def _prompt(sub: argparse.ArgumentParser) -> None:
 
 def _decoding(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--beams", type=_positive, metavar="N", help="beam search with N hypotheses; 1 = greedy")
+    _length(sub)
+
+
+def _length(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest text")
 
 

@@ -181,9 +181,14 @@ def _inspection(bundle: Bundle) -> list[str]:
         f"{m.model.name} ({m.model.family}, revision {m.model.revision}), bundle format {m.format.version}",
         f"{bundle.path}: {len(m.files)} files, {total / 1e6:.1f} MB",
         f"image {m.image.size} px; cache {m.caches.default_capacity} tokens; vocabulary {m.tokenizer.vocab_size}",
-        "",
-        "graphs",
     ]
+    if m.global_image is not None and m.conversation is not None:
+        regions = "takes boxes" if m.conversation.region_id is not None else "takes no boxes"
+        lines.append(
+            f"that is the masks' input; the text's is {m.global_image.size} px, {m.conversation.image_tokens} tokens; "
+            f"{regions}"
+        )
+    lines += ["", "graphs"]
     for role, graph in m.graphs.items():
         size = sum(m.files[name].bytes for name in (graph.file, *graph.external)) / 1e6
         parity = m.parity.get(f"graph/{role}")

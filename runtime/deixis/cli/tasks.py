@@ -18,14 +18,14 @@ from deixis.errors import PromptError
 from deixis.files import check_target, write_atomic
 from deixis.image import load_image
 from deixis.options import DecodeOptions
-from deixis.results import Caption, DenseCaption, Grounding, Segment, Trace
+from deixis.results import Caption, DenseCaption, GroundedPhrase, GroundedText, Grounding, Segment, Trace
 
 if TYPE_CHECKING:
     from deixis.model import Model
     from deixis.scene import Scene
 
 Picture = NDArray[np.uint8]
-Result = Caption | DenseCaption | Grounding | Segment | Trace
+Result = Caption | DenseCaption | GroundedText | Grounding | Segment | Trace
 Prompt = dict[str, Any]  # box, points and labels as the scene's methods take them
 
 
@@ -34,31 +34,31 @@ def caption(options: argparse.Namespace) -> int:
         raise PromptError("--stream and --json - both write to the standard output; choose one")
     decode = DecodeOptions(max_new_tokens=options.max_new_tokens, beams=options.beams, deadline_ms=options.deadline_ms)
 
-    def ask(scene: Scene) -> list[Result]:
+    def ask(scene: Scene) -> Sequence[Result]:
         return [_caption(scene, prompt, decode, options.stream) for prompt in _prompts(options) or [{}]]
 
     def draw(image: Picture, results: Sequence[Any]) -> Picture:
         return _stack([overlay.draw_caption(image, result) for result in results])
 
-    return _run(options, ask, draw, print_text=not options.stream)
+    return run_task(options, ask, draw, skip_lines=None if options.stream else 0)
 
 
 def dense_caption(options: argparse.Namespace) -> int:
     decode = DecodeOptions(max_new_tokens=options.max_new_tokens, beams=options.beams, deadline_ms=options.deadline_ms)
 
-    def ask(scene: Scene) -> list[Result]:
+    def ask(scene: Scene) -> Sequence[Result]:
         return list(scene.dense_captions(options.limit, options.min_score, options.join_scores, decode))
 
-    return _run(options, ask, overlay.draw_dense_captions)
+    return run_task(options, ask, overlay.draw_dense_captions)
 
 
 def refer(options: argparse.Namespace) -> int:
     limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
-    def ask(scene: Scene) -> list[Result]:
+    def ask(scene: Scene) -> Sequence[Result]:
         return [scene.refer(phrase, mask=not options.no_mask, options=limits) for phrase in options.phrases]
 
-    return _run(options, ask, overlay.draw_grounding)
+    return run_task(options, ask, overlay.draw_grounding)
 
 
 def segment(options: argparse.Namespace) -> int:
@@ -67,22 +67,22 @@ def segment(options: argparse.Namespace) -> int:
         raise PromptError("say what to segment: give --box or --point")
     limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
-    def ask(scene: Scene) -> list[Result]:
+    def ask(scene: Scene) -> Sequence[Result]:
         return [scene.segment(**prompt, options=limits) for prompt in prompts]
 
     def draw(image: Picture, results: Sequence[Any]) -> Picture:
         return _stack([overlay.draw_segments(image, r, **p) for r, p in zip(results, prompts, strict=True)])
 
-    return _run(options, ask, draw)
+    return run_task(options, ask, draw)
 
 
 def trace(options: argparse.Namespace) -> int:
     limits = DecodeOptions(deadline_ms=options.deadline_ms)
 
-    def ask(scene: Scene) -> list[Result]:
+    def ask(scene: Scene) -> Sequence[Result]:
         return [scene.trace(options.text, options=limits)]
 
-    return _run(options, ask, lambda image, results: overlay.draw_trace(image, results[0]))
+    return run_task(options, ask, lambda image, results: overlay.draw_trace(image, results[0]))
 
 
 def load(options: argparse.Namespace) -> Model:
@@ -93,7 +93,9 @@ def load(options: argparse.Namespace) -> Model:
 def lines_of(result: Result) -> list[str]:
     """A result as lines for a person."""
     if isinstance(result, (Caption, Trace)):
-        width = max((len(word.text) for word in result.words), default=0)
+        if not any(word.center for word in result.words):  # a model that gives no places
+            return [result.text]
+        width = max(len(word.text) for word in result.words)
         places = [
             f"  {word.text:<{width}}  "
             + ("-" if word.center is None else f"{word.center[0]:.0f}, {word.center[1]:.0f}")
@@ -103,25 +105,33 @@ def lines_of(result: Result) -> list[str]:
     if isinstance(result, DenseCaption):
         place = ", ".join(f"{v:.0f}" for v in result.box)
         return [f"{result.score:.2f}  {result.text}: box {place}"]
+    if isinstance(result, GroundedText):
+        phrases = [_place(f"  {phrase.text}", phrase) for phrase in result.phrases]
+        loose = [_place(f"  mask {i}", Segment(mask, None, mask.box)) for i, mask in enumerate(result.masks, 1)]
+        return [result.text, *phrases, *loose, *(f"  problem: {problem}" for problem in result.problems)]
+    return [_place(result.text if isinstance(result, Grounding) else "segment", result)]
+
+
+def _place(name: str, result: GroundedPhrase | Grounding | Segment) -> str:
+    if result.mask is None and result.box is None:
+        return f"{name}: nothing found"
     score = "" if result.score is None else f"  score {result.score:.2f}"
     box = "nothing" if result.box is None else ", ".join(f"{v:.0f}" for v in result.box)
     mask = "" if result.mask is None else f"  mask {result.mask.area} px"
-    name = result.text if isinstance(result, Grounding) else "segment"
-    return [f"{name}: box {box}{mask}{score}"]
+    return f"{name}: box {box}{mask}{score}"
 
 
-def _run(
+def run_task(
     options: argparse.Namespace,
-    ask: Callable[[Scene], list[Result]],
+    ask: Callable[[Scene], Sequence[Result]],
     draw: Callable[[Picture, Sequence[Any]], Picture],
-    print_text: bool = True,
+    skip_lines: int | None = 0,
 ) -> int:
-    # what can fail without the model fails before it is loaded
-    if options.overlay:
-        overlay.check_suffix(options.overlay)
-        check_target(options.overlay)
-    if options.json and options.json != "-":
-        check_target(options.json)
+    """Ask about one picture, and write what comes back wherever the options want it.
+
+    skip_lines: so many lines of every result have been printed already; None = all of them.
+    """
+    check_targets(options)
     image = load_image(options.image)
     with closing(load(options)) as model:
         results = ask(model.encode(image))
@@ -129,12 +139,29 @@ def _run(
     if options.overlay:
         overlay.save_image(options.overlay, draw(image, results))
     if options.json:
-        height, width = image.shape[:2]
-        head = {"command": options.command, "image": str(options.image), "width": width, "height": height, **about}
-        write_json(options.json, {**head, "results": [result.to_dict() for result in results]})
-    if print_text and options.json != "-":
-        print("\n".join(line for result in results for line in lines_of(result)) if results else "nothing found")
+        write_results(options, image, about, [result.to_dict() for result in results])
+    if skip_lines is not None and options.json != "-":
+        lines = [line for result in results for line in lines_of(result)[skip_lines:]]
+        print("".join(f"{line}\n" for line in lines) if results else "nothing found\n", end="")
     return 0
+
+
+def check_targets(options: argparse.Namespace) -> None:
+    """What can fail without the model fails before it is loaded."""
+    if options.overlay:
+        overlay.check_suffix(options.overlay)
+        check_target(options.overlay)
+    if options.json and options.json != "-":
+        check_target(options.json)
+
+
+def write_results(
+    options: argparse.Namespace, image: Picture, about: dict[str, str], results: Sequence[dict[str, Any]]
+) -> None:
+    """The results of a command, and what they are about, as JSON."""
+    height, width = image.shape[:2]
+    head = {"command": options.command, "image": str(options.image), "width": width, "height": height, **about}
+    write_json(options.json, {**head, "results": list(results)})
 
 
 def write_json(target: str, value: object) -> None:
