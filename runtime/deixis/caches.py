@@ -141,13 +141,19 @@ class StepGraph:
         self._run = engine.bind("decoder_step", inputs, {"logits": self._logits, **more, **cache.outputs()})
 
     def run(self, ids: NDArray[np.int64]) -> Floats:
-        """Consume ids [R, width]. Returns logits [R, V] of what follows the last. Raises ValueError when the cache is
-        full.
+        """Consume ids [R, width]. Returns logits [R, V] of what follows the last, which the next run overwrites.
+
+        Raises ValueError when the cache is full. A run that raises has consumed nothing.
         """
-        self._ids[...] = ids
-        self._position[0] = self.cache.position
+        position = self.cache.position
         self.cache.advance(self._ids.shape[1])
-        self._run()
+        self._ids[...] = ids
+        self._position[0] = position
+        try:
+            self._run()
+        except BaseException:
+            self.cache.rewind(position)
+            raise
         return self._logits
 
 

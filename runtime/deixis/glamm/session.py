@@ -78,20 +78,17 @@ class LanguageSession:
 
         visual: for each row the vectors [k, D] of its region ids, in their order; None where a row has none.
         Returns logits [R, vocab] of what follows, and states [R, S', D] of what was consumed, S' with the pictures
-        expanded. Raises TextTooLongError when it does not fit, and consumes nothing then; PromptError when a row has
-        not as many vectors as region ids; ValueError for rows of different lengths.
+        expanded. Raises TextTooLongError when it does not fit; PromptError when a row has not as many vectors as region
+        ids; ValueError for rows of different lengths. What raises has consumed nothing.
         """
         expanded, index, vectors = self._splice(np.asarray(ids, np.int64), visual or [None] * self.rows)
         start, count = self.position, expanded.shape[1]
         self._make_room(start + count)
-        logits = np.empty(0, np.float32)
-        for begin in range(0, count, self._widest):
-            part = slice(begin, min(begin + self._widest, count))
-            states = np.empty((self.rows, part.stop - begin, self._width), np.float32)
-            given = {"visual": vectors, "embed_index": np.ascontiguousarray(index[:, part])}
-            graph = StepGraph(self._engine, self._cache, states.shape[1], self._vocabulary, given, {"states": states})
-            logits = graph.run(expanded[:, part])
-            self._states[:, start + begin : start + part.stop] = states
+        try:
+            logits = self._feed_parts(expanded, index, vectors)
+        except BaseException:
+            self._cache.rewind(start)
+            raise
         return logits, self._states[:, start : start + count]
 
     def step(self, ids: Ids) -> tuple[Floats, Floats]:
@@ -116,6 +113,19 @@ class LanguageSession:
     def rewind(self, position: int) -> None:
         """Forget everything from `position` on; costs nothing. Raises ValueError when that much was never consumed."""
         self._cache.rewind(position)
+
+    def _feed_parts(self, ids: Ids, index: Ids, vectors: Floats) -> Floats:
+        """Run what is spliced, as wide as the bundle allows. Returns logits of what follows the last id."""
+        logits = np.empty((self.rows, self._vocabulary), np.float32)
+        for begin in range(0, ids.shape[1], self._widest):
+            part = ids[:, begin : begin + self._widest]
+            width, place = part.shape[1], self.position
+            states = np.empty((self.rows, width, self._width), np.float32)
+            given = {"visual": vectors, "embed_index": np.ascontiguousarray(index[:, begin : begin + width])}
+            graph = StepGraph(self._engine, self._cache, width, self._vocabulary, given, {"states": states})
+            logits = graph.run(part)
+            self._states[:, place : self.position] = states
+        return logits
 
     def _block(self, positions: int) -> int:
         """Whole blocks that hold so many positions, the capacity at most."""
