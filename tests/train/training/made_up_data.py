@@ -100,5 +100,63 @@ def write(folder: Path, file: str, spec: SourceSpec) -> None:
     elif spec.kind == "llava":
         turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cube"}]
         dump(path, [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(PICTURES)])
+    elif spec.kind == "grandf":
+        dump(path, [grounded(i) for i in range(PICTURES)])
+    elif spec.kind in ("refcocog_gcg", "flickr_gcg", "grand", "label_maps", "parts"):
+        write_masks(folder, path, spec)
     else:
         raise AssertionError(spec.kind)
+
+
+def polygon(k: int) -> list[list[float]]:
+    x, y, w, h = BOXES[k]
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def grounded(i: int) -> dict[str, Any]:
+    caption = " and ".join(PHRASES)
+    spans = [[caption.index(phrase), caption.index(phrase) + len(phrase)] for phrase in PHRASES]
+    masks = [polygon(k) for k in range(len(PHRASES))]
+    found = {p: {"token_positives": s, "rle_masks": [m]} for p, s, m in zip(PHRASES, spans, masks, strict=True)}
+    return {"file_name": f"{i}.jpg", "caption": caption, "groundings": found}
+
+
+def write_masks(folder: Path, path: Path, spec: SourceSpec) -> None:
+    """Layouts that only GLaMM reads."""
+    caption, phrases = " and ".join(PHRASES), list(enumerate(PHRASES))
+    starts = [caption.index(phrase) for phrase in PHRASES]
+    corners = [[x, y, x + w, y + h] for x, y, w, h in BOXES]
+    if spec.kind == "refcocog_gcg":
+        refs = [{"sentence": phrase, "segmentation": polygon(k)} for k, phrase in phrases]
+        dump(path, [{str(i): {"img_file_name": f"{i}.jpg", "caption": caption, "refs": refs}} for i in range(PICTURES)])
+    elif spec.kind == "flickr_gcg":
+        annotations = [
+            {"id": 2 * i + k, "image_id": i, "bbox": list(BOXES[k]), "segmentation": polygon(k)}
+            | {"tokens_positive": [[starts[k], starts[k] + len(phrase)]]}
+            for i in range(PICTURES)
+            for k, phrase in phrases
+        ]
+        dump(path, {"images": images(caption=caption), "annotations": annotations})
+    elif spec.kind == "grand":
+        things = [{"bbox": corners[k], "segmentation": polygon(k), "id": k} for k, _ in phrases]
+        spans = [[starts[k], starts[k] + len(phrase)] for k, phrase in phrases]
+        value: Any = {
+            "referring": [thing | {"attribute": PHRASES[k]} for k, thing in enumerate(things)],
+            "captions": [{"caption": caption, "details": [t | {"tokens_positive": spans[t["id"]]} for t in things]}],
+            "objects": [thing | {"labels": [KINDS[k]]} for k, thing in enumerate(things)],
+        }[spec.options["level"]]
+        dump(path, [{"image": f"{i}.jpg", "value": value} for i in range(PICTURES)], lines=True)
+    elif spec.kind == "parts":
+        annotations = [{"id": i, "image_id": i, "category_id": 0, "segmentation": polygon(0)} for i in range(PICTURES)]
+        dump(path, {"images": images(), "annotations": annotations, "categories": [{"id": 0, "name": "cube:side"}]})
+    else:
+        names = {"ade20k": ["cube", "ball"], "mapillary": {"labels": [{"readable": n} for n in ("none", *KINDS)]}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layout = spec.options["layout"]
+        path.write_text("none\n0: table\n1: cube\n2: ball\n" if layout == "cocostuff" else json.dumps(names[layout]))
+        values = np.zeros((HEIGHT, WIDTH), np.uint8)
+        for k, (x, y, w, h) in enumerate(BOXES, start=1):
+            values[y : y + h, x : x + w] = k
+        (folder / spec.options["labels"]).mkdir(parents=True, exist_ok=True)
+        for i in range(PICTURES):
+            cv2.imwrite(str(folder / spec.options["labels"] / f"{i}.png"), values)

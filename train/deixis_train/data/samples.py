@@ -31,6 +31,16 @@ class Utterance:
 
 
 @dataclass(frozen=True)
+class Phrase:
+    """Characters start..end of a row's text, and what they name: a mask for each thing, or part of it, and a box px."""
+
+    start: int
+    end: int
+    masks: tuple[Rle, ...] = ()
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One sequence about the picture.
 
@@ -41,6 +51,9 @@ class Row:
         captions of the whole picture.
     mask: run lengths of the thing meant, if the data has them.
     utterances: the timed pieces of a narration, in order; empty for rows without a trace.
+    phrases: what the text names, in its order, never overlapping; empty for texts that are not grounded.
+    part: the part that is meant, where `text` names the whole thing ("ear" of "dog").
+    question: what the text answers, as it was asked; "" where nothing was.
     """
 
     text: str
@@ -49,6 +62,17 @@ class Row:
     box: Box | None = None
     mask: Rle | None = None
     utterances: tuple[Utterance, ...] = ()
+    phrases: tuple[Phrase, ...] = ()
+    part: str = ""
+    question: str = ""
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A picture of class numbers, one per pixel; `names` by number, "" for what is no class."""
+
+    path: Path
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,10 @@ class Instance:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what a source says of it. `where`: "file:line" or "file:record", for messages."""
+    """A picture and what a source says of it. `where`: "file:line" or "file:record", for messages.
+
+    labels: its classes by pixel, for semantic segmentation; such samples may have no rows.
+    """
 
     image: Path
     width: int
@@ -71,6 +98,7 @@ class Sample:
     rows: tuple[Row, ...]
     instances: tuple[Instance, ...] = ()
     where: str = ""
+    labels: LabelMap | None = None
 
     @property
     def key(self) -> str:

@@ -23,7 +23,7 @@ class Rows:
     ids: Tensor  # [R, L] int64
     labels: Tensor  # [R, L] int64, IGNORED where nothing is learned
     valid: Tensor  # [R, L] bool
-    # [R, L] int64: -1 takes the embedding of the id, n the nth of the pictures' features [B * T0] and regions [K] behind
+    # [R, L] int64: -1 takes the embedding of the id, n the nth of the pictures' features [B * T0], then regions [K]
     embed_index: Tensor
 
 

@@ -57,7 +57,7 @@ def total_loss(
 
 
 def teacher_forced_masks(model: Glamm, batch: GlammBatch, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Mask logits per picture [m, H, W] of the [SEG]s in given text (section 7, end); `sizes` are heights and widths."""
+    """Mask logits per picture [m, H, W] of the [SEG]s in given text (section 7); `sizes` are heights and widths."""
     return predicted_masks(model, batch, language_states(model, batch), sizes)
 
 
@@ -75,7 +75,8 @@ def language_states(model: Glamm, batch: GlammBatch) -> Tensor:
 def picture_features(model: Glamm, batch: GlammBatch) -> tuple[Tensor, list[Tensor]]:
     """Features [B, T0, D] behind the projector, and the maps that the region encoder reads."""
     if batch.levels is not None:
-        return model.projector(batch.levels[-1].flatten(1, 2)), batch.levels
+        levels = [level.float() for level in batch.levels]
+        return model.projector(levels[-1].flatten(1, 2)), levels
     if batch.global_images is None:
         raise ValueError("a batch needs pictures, or what CLIP sees in them")
     return model.encode_global(batch.global_images.float())
@@ -101,6 +102,7 @@ def predicted_masks(model: Glamm, batch: GlammBatch, states: Tensor, sizes: list
         if batch.grounding_images is None:
             raise ValueError("masks need the grounding encoder's pictures, or its maps")
         sam = model.encode_grounding(batch.grounding_images.float(), batch.valid_hw)
+    sam = sam.float()
     chosen, row = mask_states(batch.rows, states, model.config.ids.mask)
     picture = batch.picture[row]
     logits, _ = model.decode_masks(chosen, sam, picture)

@@ -113,22 +113,29 @@ class Corpus:
         specs = [spec for stage in recipe.stages for spec in stage.sources if spec.instances]
         return names_of(s for spec in specs for s in self._things_of(spec).samples.values())
 
-    def truth(self, spec: SourceSpec, names: Names, grid: int, size: int) -> Mapping[str, Truth]:
-        """Owners of cells and tables of things of every picture; the owners are kept on disk."""
+    def truth(
+        self, spec: SourceSpec, names: Names, grid: int, size: int, view: Callable[[Sample], Sample] | None = None
+    ) -> Mapping[str, Truth]:
+        """Owners of cells and tables of things of every picture; the owners are kept on disk.
+
+        view: what an encoder sees of the samples, where that is not the whole picture. One view per run.
+        """
         things = self._things_of(spec)
         if not things.truth:
             path = self.data / spec.instances
-            digest = hashlib.sha256(f"{grid} {size} ".encode() + path.read_bytes()).hexdigest()[:8]
+            seen = "" if view is None else "viewed "
+            digest = hashlib.sha256(f"{seen}{grid} {size} ".encode() + path.read_bytes()).hexdigest()[:8]
             store = FeatureStore(self.features / spec.images / f"owner-{digest}")
             lacking = [name for name in things.samples if name not in store]
             for start in range(0, len(lacking), OWNER_CHUNK):
                 part = lacking[start : start + OWNER_CHUNK]
-                store.add(part, np.stack([_owners(things.samples[name], grid, size) for name in part]))
+                samples = (things.samples[name] for name in part)
+                store.add(part, np.stack([_owners(view(s) if view else s, grid, size) for s in samples]))
                 self.report(f"cells of {spec.instances}: {start + len(part)}/{len(lacking)}")
             for name, sample in things.samples.items():
-                things.truth[name] = Truth(store.get([name])[0], thing_table(sample, names))
-                instances = tuple(replace(instance, mask=None) for instance in sample.instances)
-                things.samples[name] = replace(sample, instances=instances)
+                bare = replace(sample, instances=tuple(replace(i, mask=None) for i in sample.instances))
+                things.truth[name] = Truth(store.get([name])[0], thing_table(view(bare) if view else bare, names))
+                things.samples[name] = bare
         return things.truth
 
     def texts(self, recipe: Recipe) -> Iterable[str]:
@@ -167,7 +174,7 @@ def preparation_of(spec: SourceSpec, config: PixelLLMConfig) -> Preparation:
         context_length=spec.context_length or config.context_length,
         scale=spec.scale,
         flip=spec.flip,
-        max_rows=spec.rows,
+        max_rows=spec.rows or 1,
         instructions=instructions_of(spec),
         referring=spec.referring,
         prefix_split=spec.prefix_split,

@@ -14,10 +14,10 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from deixis_train.models.pixelllm import PixelLLM
 from deixis_train.models.preprocess import padding_mask
 from deixis_train.models.tiny_vit import TinyVit
 
-What = Literal["sam", "semantic", "small"]
+What = Literal["sam", "semantic", "small", "clip"]
 INDEX = "pictures.json"
 CHUNK = 256  # pictures of one file
 SMALL_BATCH = 32  # small inputs encoded at once
@@ -41,6 +41,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 
 # A picture that fits the network input, RGB uint8 [S, S, 3] zero padded, and its real (height, width) px.
 Fitted = tuple[NDArray[np.uint8], tuple[int, int]]
+Read = TypeVar("Read")
 
 
 class FeatureStore:
@@ -174,31 +175,54 @@ def fill(
     stores: dict[What, FeatureStore] = {what: store_of(model, what, folder) for what in whats}
     if "semantic" in stores:
         _semantic_of_small(model, store_of(model, "small", folder), stores["semantic"], list(pictures), bf16)
-    lacking = [name for name in pictures if any(name not in store for store in stores.values())]
     device = next(model.parameters()).device
+
+    def compute(what: What, group: Sequence[Fitted]) -> NDArray[Any]:
+        images, valid = zip(*group, strict=True)
+        valid_hw = torch.tensor(valid, dtype=torch.float32, device=device)
+        return encode(model, what, torch.from_numpy(np.stack(images)).to(device), valid_hw, bf16)
+
+    readers = 4 if device.type == "cuda" else 1
+    fill_stores(stores, pictures, read, compute, batch=batch, readers=readers, report=report)
+    return stores
+
+
+def fill_stores(
+    stores: Mapping[What, FeatureStore],
+    pictures: Mapping[str, Path],
+    read: Callable[[Path], Read],
+    compute: Callable[[What, Sequence[Read]], NDArray[Any]],
+    *,
+    batch: int,
+    readers: int,
+    report: Callable[[str], None],
+) -> None:
+    """Compute what stores lack of `pictures` (path by name), `batch` of them at once; each picture is read once.
+
+    Args:
+        read: a picture as `compute` takes it; called in `readers` threads.
+        compute: what a store keeps of some pictures, stacked.
+    """
+    lacking = [name for name in pictures if any(name not in store for store in stores.values())]
     started, done = time.monotonic(), 0
-    with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as readers:
+    with ThreadPoolExecutor(readers) as pool:
         for start in range(0, len(lacking), CHUNK):
             names = lacking[start : start + CHUNK]
-            parts: dict[What, list[NDArray[Any]]] = {what: [] for what in whats}
+            parts: dict[What, list[NDArray[Any]]] = {what: [] for what in stores}
             groups = [names[i : i + batch] for i in range(0, len(names), batch)]
-            ahead = [readers.submit(lambda group: [read(pictures[n]) for n in group], group) for group in groups]
+            ahead = [pool.submit(lambda group: [read(pictures[n]) for n in group], group) for group in groups]
             for group, future in zip(groups, ahead, strict=True):
-                images, valid = zip(*future.result(), strict=True)
-                tensor = torch.from_numpy(np.stack(images)).to(device)
-                valid_hw = torch.tensor(valid, dtype=torch.float32, device=device)
+                items = dict(zip(group, future.result(), strict=True))
                 for what, store in stores.items():
-                    fresh = [i for i, name in enumerate(group) if name not in store]
-                    if fresh:
-                        parts[what].append(encode(model, what, tensor[fresh], valid_hw[fresh], bf16))
+                    if fresh := [items[name] for name in group if name not in store]:
+                        parts[what].append(compute(what, fresh))
             for what, store in stores.items():
                 if parts[what]:
                     store.add([name for name in names if name not in store], np.concatenate(parts[what]))
             done += len(names)
             rate = done / (time.monotonic() - started)
             left = (len(lacking) - done) / rate / 60
-            report(f"features {'+'.join(whats)}: {done}/{len(lacking)}  {rate:.1f} pictures/s  {left:.1f} min left")
-    return stores
+            report(f"features {'+'.join(stores)}: {done}/{len(lacking)}  {rate:.1f} pictures/s  {left:.1f} min left")
 
 
 @torch.inference_mode()

@@ -15,10 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from deixis_train.models.pixelllm import PixelLLM
-from deixis_train.training.auxiliary import Helpers
-from deixis_train.training.micro import Feed, Micro
-from deixis_train.training.objectives import Objective
+from deixis_train.training.family import Begun, Feed, MicroBatch, StageObjective
 from deixis_train.training.optim import choose_trained, learning_rate, make_optimizer, set_rate, training_modes
 from deixis_train.training.recipe import StageSpec
 from deixis_train.training.state import Progress, StageState
@@ -38,21 +35,23 @@ class Order:
 class Plan:
     """Which pictures each step takes: a function of seed and step alone.
 
-    With mixing "draw" every step takes `batch` pictures of one source, drawn by weight; with "all" it takes some of
-    every source. A step's pictures are dealt out among the processes, and cut into micro-batches.
+    With mixing "all" every step takes some pictures of every feed, otherwise `batch` pictures of one, drawn by weight.
+    A step's pictures are dealt out among the processes, and cut into micro-batches. feeds: None takes the stage's
+    sources.
 
     Raises:
         ValueError: a number of pictures that the processes cannot share equally.
     """
 
-    def __init__(self, stage: StageSpec, seed: int, processes: int) -> None:
+    def __init__(self, stage: StageSpec, seed: int, processes: int, feeds: Sequence[Feed] | None = None) -> None:
         self.stage, self.processes = stage, processes
-        weights = np.array([source.weight for source in stage.sources])
-        if stage.mixing == "draw":
+        sources = stage.sources if feeds is None else feeds
+        weights = np.array([source.weight for source in sources])
+        if stage.mixing != "all":
             chosen = np.random.default_rng((seed, 4)).choice(len(weights), stage.steps, p=weights / weights.sum())
             self.takes = [[(int(source), stage.batch)] for source in chosen]
         else:
-            self.takes = [[(i, source.pictures) for i, source in enumerate(stage.sources)]] * stage.steps
+            self.takes = [[(i, source.pictures) for i, source in enumerate(sources)]] * stage.steps
         for count in {count for take in self.takes[:1] for _, count in take}:
             if count % processes:
                 raise ValueError(f"stage {stage.name!r}: {count} pictures cannot be shared by {processes} processes")
@@ -73,8 +72,7 @@ class Plan:
 
 
 def run_stage(
-    model: PixelLLM,
-    helpers: Helpers,
+    begun: Begun,
     stage: StageSpec,
     feeds: Sequence[Feed],
     out: Path,
@@ -82,21 +80,23 @@ def run_stage(
     *,
     seed: int,
     workers: int = 1,
-    evaluate: Callable[[Objective], Mapping[str, float]] | None = None,
+    evaluate: Callable[[StageObjective], Mapping[str, float]] | None = None,
 ) -> None:
     """Train a stage to its end, from where its state in `out` stopped.
 
-    The model lies on the accelerator's device. Every process computes its share of a step; gradients are averaged once
+    Every process computes its share of a step; gradients are averaged once
     per step, whatever the number of micro-batches.
 
     Args:
-        feeds: in the order of the stage's sources.
+        begun: the run, whose model lies on the accelerator's device.
+        feeds: of `begun`, for this stage.
         workers: threads that make micro-batches ahead of time.
         evaluate: called every `evaluate_every` steps and at the end, in the first process only.
 
     Raises:
         FloatingPointError: a loss is not finite. The last saved state is from before.
     """
+    model, helpers = begun.model, begun.helpers
     fixed = (RELATIVE_BIAS,) if stage.fused_attention else ()
     trained = choose_trained(model, stage.train, fixed=fixed)
     training_modes(model, stage.train, dropout=stage.dropout, frozen_too=stage.dropout_in_frozen)
@@ -107,6 +107,7 @@ def run_stage(
         weight_decay=stage.weight_decay,
         layer_decay=stage.layer_decay,
         paces=stage.paces,
+        betas=stage.betas,
     )
     state, first = StageState(out, stage.name), 0
     saved = state.load()
@@ -117,13 +118,13 @@ def run_stage(
             return
         optimizer.load_state_dict(saved["optimizer"])
     device, process = accelerator.device, accelerator.process_index
-    objective = Objective(model, helpers, stage)
+    objective = begun.objective(stage)
     learning = [*trained.values(), *(p for p in helpers.parameters() if p.requires_grad)]
     progress = Progress(out, stage.name, first, stage.steps, quiet=not accelerator.is_main_process)
-    plan = Plan(stage, seed, accelerator.num_processes)
+    plan = Plan(stage, seed, accelerator.num_processes, feeds)
     batches = _ahead(plan, feeds, range(first, stage.steps), process, workers)
     for step, micros in batches:
-        set_rate(optimizer, learning_rate(step, stage.steps, stage.rate, stage.warmup_steps))
+        set_rate(optimizer, learning_rate(step, stage.steps, stage.rate, stage.warmup_steps, stage.schedule))
         torch.manual_seed(int(np.random.default_rng((seed, 5, step, process)).integers(2**62)))  # for dropout
         done = step + 1
         report, save = done % stage.report_every == 0, _due(done, stage.save_every, stage.steps)
@@ -205,7 +206,9 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _evaluated(objective: Objective, evaluate: Callable[[Objective], Mapping[str, float]]) -> Mapping[str, float]:
+def _evaluated(
+    objective: StageObjective, evaluate: Callable[[StageObjective], Mapping[str, float]]
+) -> Mapping[str, float]:
     modes = {module: module.training for module in objective.model.modules()}
     objective.model.eval()
     with torch.no_grad():
@@ -217,13 +220,13 @@ def _evaluated(objective: Objective, evaluate: Callable[[Objective], Mapping[str
 
 def _ahead(
     plan: Plan, feeds: Sequence[Feed], steps: range, process: int, workers: int
-) -> Iterator[tuple[int, list[Micro]]]:
+) -> Iterator[tuple[int, list[MicroBatch]]]:
     """Micro-batches of every step, made in threads up to `workers` + 1 steps ahead."""
 
-    def make(step: int) -> list[Micro]:
+    def make(step: int) -> list[MicroBatch]:
         return [feeds[order.source].make(order.start, order.count) for order in plan.orders(step, process)]
 
-    waiting: list[tuple[int, Future[list[Micro]]]] = []
+    waiting: list[tuple[int, Future[list[MicroBatch]]]] = []
     with ThreadPoolExecutor(workers) as pool:
         try:
             for step in steps:

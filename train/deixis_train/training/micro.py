@@ -89,16 +89,28 @@ class Feed:
     localiser: Localiser | None = None  # says locations as tokens, if the recipe wants them so
 
     @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
     def weight(self) -> float:
+        return self.source.weight
+
+    @property
+    def pictures(self) -> int:
+        return self.source.pictures
+
+    @property
+    def factor(self) -> float:
+        """On the losses."""
         return self.source.weight if self.stage.mixing == "all" else 1.0
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def indices(self, start: int, count: int) -> list[int]:
         """Samples at the places start.. of an endless row of epochs, each in an order of its own."""
-        total = len(self.samples)
-        epochs = range(start // total, (start + count - 1) // total + 1)
-        orders = np.concatenate([np.random.default_rng((self.seed, epoch)).permutation(total) for epoch in epochs])
-        offset = start - epochs[0] * total
-        return [int(i) for i in orders[offset : offset + count]]
+        return shuffled(len(self.samples), self.seed, start, count)
 
     def make(self, start: int, count: int) -> Micro:
         """The pictures at the places `start`.. of the source; every picture's draws depend on its place alone."""
@@ -107,7 +119,7 @@ class Feed:
         if self.stage.objective == "grid":
             return self._grid(chosen, names, np.random.default_rng((self.seed, 1, start)))
         stored = {what: torch.from_numpy(self.stores[what].get(names)) for what in self.stage.cache}
-        micro = Micro(self.source.name, self.weight, **stored)  # pyright: ignore[reportArgumentType]
+        micro = Micro(self.source.name, self.factor, **stored)  # pyright: ignore[reportArgumentType]
         wants_cells = self.stage.objective == "prompt_grid" or self.stage.auxiliary.cells > 0
         if wants_cells:
             truth = [self.truth[name] for name in names]
@@ -148,7 +160,7 @@ class Feed:
         targets[mirror, ..., 2], targets[mirror, ..., 4] = 1 - targets[mirror, ..., 4], 1 - targets[mirror, ..., 2]
         return Micro(
             self.source.name,
-            self.weight,
+            self.factor,
             small=torch.from_numpy(small),
             occupied=torch.from_numpy(occupied),
             targets=torch.from_numpy(targets),
@@ -201,6 +213,14 @@ class Feed:
                     labels.append([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NO_MASK, NO_MASK, NO_MASK])
         if points:
             micro.points, micro.labels = torch.tensor(points, dtype=torch.float32), torch.tensor(labels)
+
+
+def shuffled(total: int, seed: int, start: int, count: int) -> list[int]:
+    """The places `start`.. of an endless row of epochs, each of all numbers below `total` in an order of its own."""
+    epochs = range(start // total, (start + count - 1) // total + 1)
+    orders = np.concatenate([np.random.default_rng((seed, epoch)).permutation(total) for epoch in epochs])
+    offset = start - epochs[0] * total
+    return [int(i) for i in orders[offset : offset + count]]
 
 
 _NOTHING = torch.empty(0)

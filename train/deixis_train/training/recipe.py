@@ -19,7 +19,8 @@ SHIPPED = Path(__file__).parent.parent / "recipes"
 
 Objective = Literal["text", "grid", "prompt_grid"]
 Localisation = Literal["regression", "text", "tokens"]
-# Names that `train` knows. "lora" stands for the LoRA factors of the text model, "text" for all of it.
+# Names that `train` knows. "lora" stands for the LoRA factors of the text model, "text" (of GLaMM, "llama") for all of
+# it. Those from "clip" on are GLaMM's.
 Part = Literal[
     "semantic_encoder",
     "sam_encoder",
@@ -32,12 +33,38 @@ Part = Literal[
     "mask_adapter",
     "mask_decoder",
     "box_decoder",
+    "clip",
+    "projector",
+    "region_encoder",
+    "llama",
+    "embed_tokens",
+    "lm_head",
+    "mask_projection",
 ]
+Family = Literal["pixelllm", "glamm"]
+# What GLaMM asks about a sample (`glamm.items`). With mixing "types" a step takes samples of one type of task.
+Task = Literal[
+    "", "grounded_caption", "refer", "classes", "region", "region_introduced", "region_group", "caption", "ask"
+]
+Type = Literal["caption", "region", "mask"]
+TYPE_OF: Mapping[str, Type] = {
+    "grounded_caption": "mask",
+    "refer": "mask",
+    "classes": "mask",
+    "region": "region",
+    "region_introduced": "region",
+    "region_group": "region",
+    "caption": "caption",
+    "ask": "caption",
+}
+CACHED_PARTS: Mapping[str, Part] = {"sam": "sam_encoder", "semantic": "semantic_encoder", "clip": "clip"}
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Weights of the model's own losses (section 12).
+    """Weights of the model's own losses (section 12; GLaMM section 9.1).
+
+    GLaMM: `text` is the cross entropy, `bce` and `dice` its masks'.
 
     point_kind: "l1_nonzero" is the published loss, in px; "box" is 5 * L1 + 1 - GIoU in fractions of the picture.
     before_end: what the words before the last one count in referring, where the box is read from the last alone.
@@ -50,6 +77,8 @@ class Losses:
     point_kind: Literal["l1_nonzero", "box"] = "l1_nonzero"
     before_end: float = 0.0
     smoothing: float = 0.1
+    bce: float = 2.0
+    dice: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,8 +100,9 @@ class Auxiliary:
 class SourceSpec:
     """A data set in a stage. Paths are relative to the data folder.
 
-    kind, options, max_skipped: see `data.formats.open_source`. weight: share of the steps with mixing "draw", factor of
-    its losses with mixing "all". pictures: of a step, with mixing "all". rows: most rows of a picture. instructions (or
+    kind, options, max_skipped: see `data.formats.open_source`. weight: share of the steps with mixing "draw", of the
+    samples with mixing "types", factor of its losses with mixing "all". pictures: of a step, with mixing "all". task:
+    what GLaMM asks about its samples. rows: most rows of a picture; 0 is one, or the task's own. instructions (or
     instruction_set, one of the reference's lists), referring, prefix_split, scale, flip, alignment and jitter
     (prompt_jitter) go to `data.preparation`. point_prompts: share of the batches that ask by a click instead of a box.
     instances: COCO-style annotations of the things in the pictures, for the objectives that need them.
@@ -85,7 +115,8 @@ class SourceSpec:
     losses: tuple[Loss, ...] = ("text",)
     weight: float = 1.0
     pictures: int = 0
-    rows: int = 1
+    task: Task = ""
+    rows: int = 0
     instructions: tuple[str, ...] = ()
     instruction_set: Literal["", "short", "long"] = ""
     referring: str | None = None
@@ -108,9 +139,14 @@ class StageSpec:
     computes at once; gradients of several add up. rate: of the learning, at its peak. layer_decay: factor per block of
     the semantic encoder (section 13); 0 leaves it out. paces: factor on the rate, by part.
 
+    mixing: "draw" takes one source in a step, "all" some of every source. GLaMM's: "types" draws a type of task by
+    `types`, then for every picture a source and a sample of it; "walk" goes through all samples of all sources, in
+    random order.
+
     dropout acts in the parts that train; with dropout_in_frozen in the frozen ones as well, as the reference has it.
     cache: which features of frozen encoders are kept on disk. fused_attention: the text encoder attends in one kernel;
-    its table of distances is then frozen, and dropout must be off.
+    its table of distances is then frozen, and dropout must be off. recompute: the language model's blocks are computed
+    again in the backward pass, instead of being kept.
     """
 
     name: str
@@ -119,7 +155,8 @@ class StageSpec:
     train: tuple[Part, ...]
     sources: tuple[SourceSpec, ...]
     objective: Objective = "text"
-    mixing: Literal["draw", "all"] = "draw"
+    mixing: Literal["draw", "all", "types", "walk"] = "draw"
+    types: Mapping[str, float] = field(default_factory=dict)
     batch: int = 0
     micro_batch: int = 0
     warmup_steps: int = 0
@@ -127,11 +164,14 @@ class StageSpec:
     layer_decay: float = 0.0
     paces: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float = 0.0
+    schedule: Literal["cosine", "linear"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
     dropout: bool = True
     dropout_in_frozen: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     fused_attention: bool = False
-    cache: tuple[Literal["sam", "semantic"], ...] = ()
+    recompute: bool = False
+    cache: tuple[Literal["sam", "semantic", "clip"], ...] = ()
     losses: Losses = field(default_factory=Losses)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
     held_out: tuple[SourceSpec, ...] = ()
@@ -166,6 +206,8 @@ class ModelSpec:
 class Init:
     """What the model starts from; nothing named: from nothing.
 
+    glamm: folder of a published GLaMM; clip: folder or file of OpenAI's CLIP, which those folders leave out; llama:
+    folder of a Vicuna; projector: file with LLaVA's.
     checkpoint: a folder that `deixis train` wrote. The others are published weights of single parts. Files are looked
     for as they are, in the data folder, beside the run's folder, and in the cache of `make real-weights`. An empty name
     takes back what the recipe's base names.
@@ -177,6 +219,10 @@ class Init:
     sam: str | None = None
     eva02: str | None = None
     t5: str | None = None
+    glamm: str | None = None
+    clip: str | None = None
+    llama: str | None = None
+    projector: str | None = None
     tokenizer: str | None = None
 
 
@@ -184,6 +230,7 @@ class Init:
 class Recipe:
     preset: str
     stages: tuple[StageSpec, ...]
+    family: Family = "pixelllm"
     description: str = ""
     seed: int = 0
     localisation: Localisation = "regression"
@@ -240,6 +287,7 @@ def _check(recipe: Recipe, file: str) -> None:
     for stage in recipe.stages:
         at = f"{file}: stages ({stage.name})"
         _check_stage(stage, at)
+        _check_family(recipe.family, stage, at)
         for source in (*stage.sources, *stage.held_out):
             _check_source(stage, source, f"{at}.sources ({source.name})")
 
@@ -255,25 +303,49 @@ def _check_stage(stage: StageSpec, at: str) -> None:
     for specs in (stage.sources, stage.held_out):
         if twice := _twice(specs):
             raise RecipeError(f"{at}: two sources are called {twice!r}; what is logged goes by their names")
-    if stage.mixing == "draw" and stage.batch < 1:
+    if stage.mixing != "all" and stage.batch < 1:
         raise RecipeError(f"{at}.batch: say how many pictures a step takes")
     if lacking := [s.name for s in stage.sources if stage.mixing == "all" and s.pictures < 1]:
         raise RecipeError(f"{at}.sources ({lacking[0]}).pictures: say how many pictures a step takes of it")
     if stage.objective == "prompt_grid" and set(stage.cache) != {"sam", "semantic"}:
         raise RecipeError(f"{at}.cache: this objective needs both features cached")
-    if cached := [part for part in stage.cache if f"{part}_encoder" in stage.train]:
-        raise RecipeError(f"{at}.cache: features of {cached[0]}_encoder change while it trains")
+    if cached := [CACHED_PARTS[what] for what in stage.cache if CACHED_PARTS[what] in stage.train]:
+        raise RecipeError(f"{at}.cache: features of {cached[0]} change while it trains")
+
+
+def _check_family(family: Family, stage: StageSpec, at: str) -> None:
+    """Raise RecipeError for what the other family has."""
+    sources = (*stage.sources, *stage.held_out)
+    if family == "pixelllm":
+        if "clip" in stage.cache or stage.mixing in ("types", "walk") or any(source.task for source in sources):
+            raise RecipeError(f"{at}: 'clip' in cache, tasks, and mixing {stage.mixing!r} need family = \"glamm\"")
+        return
+    if stage.objective == "prompt_grid" or "semantic" in stage.cache or stage.fused_attention:
+        raise RecipeError(f"{at}: objective 'prompt_grid', 'semantic' in cache and fused_attention are PixelLLM's")
+    if stage.objective == "grid":
+        return
+    if lacking := [source.name for source in sources if not source.task]:
+        raise RecipeError(f"{at}.sources ({lacking[0]}).task: say what is asked: {', '.join(TYPE_OF)}")
+    for source in sources:
+        if {"point", "proposal"} & set(source.losses):
+            raise RecipeError(f"{at}.sources ({source.name}).losses: GLaMM learns 'text' and 'mask'")
+        if "mask" in source.losses and TYPE_OF[source.task] != "mask":
+            raise RecipeError(f"{at}.sources ({source.name}).losses: the task {source.task!r} has no masks")
+    if stage.mixing == "types":
+        active = {TYPE_OF[source.task] for source in stage.sources}
+        if set(stage.types) != active or min(stage.types.values()) <= 0:
+            raise RecipeError(f"{at}.types: give a weight above 0 for each type of its sources: {', '.join(active)}")
 
 
 def _check_source(stage: StageSpec, source: SourceSpec, at: str) -> None:
     dense = stage.objective != "text" or stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells
     if dense and not source.instances:
         raise RecipeError(f"{at}.instances: this objective needs them")
-    if (dense or stage.cache) and (source.scale != (1.0, 1.0) or source.flip):
-        raise RecipeError(f"{at}: cached features and cells allow no augmentation")
+    if (dense or stage.cache or source.task) and (source.scale != (1.0, 1.0) or source.flip):
+        raise RecipeError(f"{at}: cached features, cells and GLaMM allow no augmentation")
     if stage.objective == "text" and not source.losses:
         raise RecipeError(f"{at}.losses: name what its rows teach: text, point, mask, proposal")
-    if "mask" in source.losses and "sam" in stage.cache:
+    if "mask" in source.losses and "sam" in stage.cache and not source.task:
         raise RecipeError(f"{at}.losses: masks need SAM's own map, which is not cached: take 'sam' out of cache")
 
 

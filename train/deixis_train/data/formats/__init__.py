@@ -10,11 +10,14 @@ from typing import Any
 from deixis_train.data.formats.coco import CocoCaptions, CocoInstances
 from deixis_train.data.formats.errors import DataError
 from deixis_train.data.formats.goldg import GroundedCaptions
+from deixis_train.data.formats.grand import Grand
+from deixis_train.data.formats.grandf import FlickrGcg, Grandf, RefCocogGcg
 from deixis_train.data.formats.image_text import ImageText
 from deixis_train.data.formats.llava import Conversations
 from deixis_train.data.formats.localized_narratives import LocalizedNarratives
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.formats.refer import ReferringExpressions
+from deixis_train.data.formats.semantic import LabelMaps, ObjectParts
 from deixis_train.data.formats.visual_genome import VisualGenome
 from deixis_train.data.samples import Loss, Source
 
@@ -27,9 +30,15 @@ KINDS: dict[str, type[Reader]] = {
     "visual_genome": VisualGenome,
     "image_text": ImageText,
     "llava": Conversations,
+    "grandf": Grandf,
+    "refcocog_gcg": RefCocogGcg,
+    "flickr_gcg": FlickrGcg,
+    "label_maps": LabelMaps,
+    "parts": ObjectParts,
+    "grand": Grand,
 }
-# Options of readers that are files: recipes name them below the data folder, as they do a source's own files.
-FILE_OPTIONS = frozenset({"sizes", "splits"})
+# Options of readers that are files or folders: recipes name them below the data folder, as they do a source's own files.
+FILE_OPTIONS = frozenset({"sizes", "splits", "labels"})
 _COMMON = {"self", "files", "images", "name", "losses", "instances", "max_skipped", "common"}
 
 

@@ -47,5 +47,5 @@ def _rows(turns: list[Any]) -> tuple[Row, ...]:
         question = fields.text(asked, "value").replace(IMAGE_TAG, "").strip()
         if not question:
             raise MalformedError("a question is empty")
-        rows.append(Row(fields.text(answered, "value"), context=f"Question: {question}Answer: "))
+        rows.append(Row(fields.text(answered, "value"), context=f"Question: {question}Answer: ", question=question))
     return tuple(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from deixis_train.data.formats.errors import MalformedError
@@ -30,6 +31,16 @@ def run_lengths(segmentation: Any, width: int, height: int) -> Rle:
         _check_polygons(segmentation, width, height)
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def union(masks: Sequence[Rle], width: int, height: int) -> Rle:
+    """What any of some masks covers; of none, an empty mask of that size px."""
+    from pycocotools import mask
+
+    if not masks:
+        return run_lengths({"size": [height, width], "counts": [width * height]}, width, height)
+    merged: Any = mask.merge(list(masks))  # pyright: ignore[reportArgumentType]
+    return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
 
 
 def _check_runs(counts: Any, pixels: int) -> None:

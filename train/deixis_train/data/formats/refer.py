@@ -6,6 +6,8 @@ Three forms are read, each as a whole (the largest published one has 120 MB):
 - COCO-style with the expressions in each annotation ("sentences", "sents" or "refs": texts, or objects with "sent" or
   "raw"), or in the picture's entry ("expressions") when each entry has one annotation;
 - COCO-style with a list "refs" of the original records (ann_id, sentences, split) beside images and annotations.
+  An expression of several things, or of none, has a list of ids and an "image_id" (gRefCOCO; [-1] is nothing): its row
+  has the masks of all of them as one, and no box.
 
 The original refs(*).p are pickles, which run code when read: they are refused.
 """
@@ -19,7 +21,7 @@ from typing import Any
 from deixis_train.data.formats import fields
 from deixis_train.data.formats.coco_document import Canvas, Entry, Numbered, entries_of, open_canvas, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
-from deixis_train.data.formats.masks import run_lengths
+from deixis_train.data.formats.masks import run_lengths, union
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.samples import Row, Sample
 
@@ -114,6 +116,9 @@ def _attach_refs(document: dict[str, Any], split: str | None, path: Path, skips:
             ref = fields.record(value)
             if split is not None and ref.get("split", split) != split:
                 continue
+            if isinstance(ref.get("ann_id"), list):
+                document["annotations"].append(_several(ref, annotations))
+                continue
             named = fields.identifier(ref, "ann_id")
             if named not in annotations:
                 raise MalformedError(f"no annotation has the id {named}")
@@ -122,6 +127,16 @@ def _attach_refs(document: dict[str, Any], split: str | None, path: Path, skips:
             skips.skip(f"{path}:refs[{number}]", str(error))
     for named, sentences in said.items():
         annotations[named]["sentences"] = sentences
+
+
+def _several(ref: dict[str, Any], annotations: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
+    """An annotation for an expression of any number of things: their segmentations under "together"."""
+    ids = [named for named in ref["ann_id"] if named != -1]
+    if lacking := [named for named in ids if not isinstance(named, (int, str)) or named not in annotations]:
+        raise MalformedError(f"no annotation has the id {lacking[0]!r:.40}")
+    together = [annotations[named].get("segmentation") for named in ids]
+    picture = fields.identifier(ref, "image_id")
+    return {"image_id": picture, "together": together, "sentences": fields.items(ref, "sentences")}
 
 
 def _texts(record: dict[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -140,6 +155,9 @@ def _texts(record: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 
 
 def _row(text: str, annotation: dict[str, Any], canvas: Canvas) -> Row:
+    if "together" in annotation:
+        parts = [run_lengths(part, canvas.width, canvas.height) for part in annotation["together"]]
+        return Row(text, mask=union(parts, canvas.width, canvas.height))
     box = fields.box_from_xywh(annotation.get("bbox"), canvas.width, canvas.height)
     segmentation = annotation.get("segmentation")
     mask = run_lengths(segmentation, canvas.width, canvas.height) if segmentation else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deixis_train.data.formats.errors import DataError
-from deixis_train.data.samples import Instance, Row, Sample, Source, Utterance
+from deixis_train.data.samples import Instance, LabelMap, Phrase, Row, Sample, Source, Utterance
 
 
 class SampleStore:
@@ -57,9 +57,10 @@ class SampleStore:
 
 def encode(sample: Sample) -> bytes:
     """A sample as JSON in UTF-8. Numbers keep every digit."""
-    return json.dumps(
-        {**asdict(sample), "image": str(sample.image)}, separators=(",", ":"), ensure_ascii=False
-    ).encode()
+    values = {**asdict(sample), "image": str(sample.image)}
+    if sample.labels is not None:
+        values["labels"] = {"path": str(sample.labels.path), "names": sample.labels.names}
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def decode(data: bytes) -> Sample:
@@ -73,11 +74,16 @@ def decode(data: bytes) -> Sample:
             box=_box(row["box"]),
             mask=row["mask"],
             utterances=tuple(_utterances(row["utterances"])),
+            phrases=tuple(Phrase(p["start"], p["end"], tuple(p["masks"]), _box(p["box"])) for p in row["phrases"]),
+            part=row["part"],
+            question=row["question"],
         )
         for row in fields["rows"]
     )
     instances = tuple(Instance(**{**instance, "box": tuple(instance["box"])}) for instance in fields["instances"])
-    return Sample(Path(fields["image"]), fields["width"], fields["height"], rows, instances, fields["where"])
+    labels = fields["labels"] and LabelMap(Path(fields["labels"]["path"]), tuple(fields["labels"]["names"]))
+    size = (fields["width"], fields["height"])
+    return Sample(Path(fields["image"]), *size, rows, instances, fields["where"], labels)
 
 
 def _box(values: list[float] | None) -> Any:
