@@ -18,6 +18,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 _PRECISION = 22  # bits of a weight: 32, less 8 of the pixel and 2 to spare
 _BLOCK = 8  # rows of the result that are made together
+_PRODUCT = 1 << 18  # multiplications of one matrix product: BLAS does so few on one thread, more would only wait
 
 
 def resize(
@@ -49,8 +50,7 @@ class _Filter:
         if self.is_identity:
             self.reads = window
             return
-        starts, counts, weights = _weights(source, target, interpolation)
-        starts, counts, weights = starts[window], counts[window], weights[window]
+        starts, counts, weights = _weights(source, target, interpolation, window)
         first, last = int(starts[0]), int((starts + counts).max())
         self.reads = slice(first, last)
         self._starts, self._weights = starts - first, weights
@@ -66,11 +66,15 @@ class _Filter:
             first, last = int(starts[0]), min(int(starts[-1]) + taps, len(values))
             band = np.zeros((len(starts), last - first + taps))
             np.put_along_axis(band, (starts - first)[:, None] + np.arange(taps), weights, axis=1)
-            # Whole numbers below 2^31: doubles multiply them exactly, and much faster than integers.
-            sums = (band[:, : last - first] @ values[first:last].astype(np.float64)).astype(np.int32)
-            sums += 1 << (_PRECISION - 1)
-            sums >>= _PRECISION
-            result[begin : begin + _BLOCK] = np.clip(sums, 0, 255, out=sums)
+            band = band[:, : last - first]
+            step = max(64, _PRODUCT // band.size)
+            for left in range(0, width, step):
+                # Whole numbers below 2^31: doubles multiply them exactly, and much faster than integers.
+                part = values[first:last, left : left + step].astype(np.float64)
+                sums = (band @ part).astype(np.int32)
+                sums += 1 << (_PRECISION - 1)
+                sums >>= _PRECISION
+                result[begin : begin + _BLOCK, left : left + step] = np.clip(sums, 0, 255, out=sums)
         return result.reshape(count, *source.shape[1:])
 
 
@@ -80,13 +84,15 @@ def _transpose(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _weights(
-    source: int, target: int, interpolation: Interpolation
+    source: int, target: int, interpolation: Interpolation, window: slice
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Where the sources of each of `target` pixels start [n], how many they are [n], and their weights [n, taps]."""
+    """Where the sources of the window's pixels, out of `target`, start [n], how many they are [n], and their weights
+    [n, taps].
+    """
     support, function = _FILTERS[interpolation]
     scale = source / target
     stretch = max(scale, 1.0)
-    centres = (np.arange(target) + 0.5) * scale
+    centres = (np.arange(*window.indices(target)) + 0.5) * scale
     starts = np.maximum(np.trunc(centres - support * stretch + 0.5), 0).astype(np.int64)
     ends = np.minimum(np.trunc(centres + support * stretch + 0.5), source).astype(np.int64)
     counts = ends - starts
