@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,24 +17,30 @@ from deixis_train.loaders.report import CheckpointError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_SINGLE = "model.safetensors"
+PYTORCH_INDEX = "pytorch_model.bin.index.json"
+PYTORCH_SINGLE = "pytorch_model.bin"
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """Open a `.safetensors` file, a sharded model's index, a directory holding either, or a flat PyTorch state dict.
+    """Open a `.safetensors` file, a flat PyTorch state dict, the index of a sharded model, or a directory of either.
+
+    A directory may hold both kinds; safetensors are taken then.
 
     Raises:
         CheckpointError: absent, truncated, or something else than named tensors.
     """
     path = Path(path)
     if path.is_dir():
-        inside = [path / name for name in (SAFETENSORS_INDEX, SAFETENSORS_SINGLE) if (path / name).is_file()]
+        names = (SAFETENSORS_INDEX, SAFETENSORS_SINGLE, PYTORCH_INDEX, PYTORCH_SINGLE)
+        inside = [path / name for name in names if (path / name).is_file()]
         if not inside:
-            raise CheckpointError(f"{path}: holds neither {SAFETENSORS_SINGLE} nor {SAFETENSORS_INDEX}")
+            raise CheckpointError(f"{path}: holds no weights: none of {', '.join(names)}")
         path = inside[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".json":
-        return _open_shards(path)
+        shards = _read_index(path)
+        return _read_state_dicts(shards) if ".bin." in path.name else SafetensorsFiles(shards)
     if path.suffix == ".safetensors":
         return SafetensorsFiles({path: None})
     return _read_state_dict(path)
@@ -45,7 +53,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         files: path -> the names promised to be in it, or None to take what is there.
     """
 
-    def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
+    def __init__(self, files: Mapping[Path, Sequence[str] | None]) -> None:
         self._where: dict[str, Path] = {}
         self._open = {}
         for path, promised in files.items():
@@ -74,26 +82,48 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return name in self._where
 
 
-def _open_shards(index: Path) -> SafetensorsFiles:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object beside published weights. Raises CheckpointError when absent or something else."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[Path, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise CheckpointError(f"{index}: shard {file!r} is not a plain file name")
-            names = shards.setdefault(index.parent / file, [])
-            assert names is not None
-            names.append(name)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: not the index of a sharded safetensors model") from None
-    return SafetensorsFiles(shards)
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return values
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    """Shard -> the names that the index of a sharded model places there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: not the index of a sharded model")
+    shards: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: shard {file!r} is not a plain file name")
+        shards.setdefault(index.parent / file, []).append(name)
+    return shards
+
+
+def _read_state_dicts(shards: Mapping[Path, list[str]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, promised in shards.items():
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        found = _read_state_dict(path)
+        if absent := sorted(set(promised) - set(found)):
+            raise CheckpointError(f"{path}: lacks {absent[0]}, which the index places there")
+        tensors |= found
+    return tensors
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped where the format allows it: of a large model only what is used comes into memory.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: not a PyTorch file of plain tensors") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:

