@@ -7,19 +7,18 @@ gets. The arrays at both ends are those of the model: padded pictures, points of
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deixis import Model, load
 from deixis.bundle import ParityRecord
 from deixis.caches import CrossCache
 from deixis.decoding import Beams, Decoded, DecodeRules, beam_search, greedy
 from deixis.detection import Detections
 from deixis.pipeline import Pipeline
 from deixis_export.cases import example_picture
+from deixis_export.loaded import LoadedBundle
 from deixis_export.session import Arrays, relative_error
 from deixis_train.models import decoding as reference
 from deixis_train.models.box_decoder import Detections as TorchDetections
@@ -33,36 +32,11 @@ LOST_TOLERANCE = 0.1  # share of detections that near ties may exchange
 INT8_TOLERANCE = 1.0  # in effect recorded only: one flipped word changes all that follow
 
 
-class GraphChain:
-    """A bundle in the runtime, driven with arrays. A context manager; graphs are loaded when they are first needed."""
+class GraphChain(LoadedBundle[Pipeline]):
+    """A bundle of family pixelllm in the runtime, driven with arrays."""
 
     def __init__(self, bundle: Path) -> None:
-        self._path = bundle
-        self._model: Model | None = None
-
-    def __enter__(self) -> GraphChain:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    @property
-    def pipeline(self) -> Pipeline:
-        if self._model is None:
-            self._model = load(self._path, device="cpu", verify=False)
-        return self._model.pipeline
-
-    def release(self) -> None:
-        """Free the graphs loaded so far; large ones need not all be in memory at once."""
-        if self._model is not None:
-            self._model.close()
-            self._model = None
-
-    def run(self, role: str, inputs: Arrays) -> Arrays:
-        """Run one graph."""
-        return self.pipeline.engine.run(role, inputs)
+        super().__init__(bundle, Pipeline)
 
     def encode(self, image: np.ndarray, valid_hw: np.ndarray) -> Arrays:
         """Padded pictures [B, S, S, 3] 0..255 and real (height, width) [B, 2] -> `features` and `sam`."""
@@ -83,7 +57,9 @@ class GraphChain:
         """
         ids = np.zeros((len(visual), 0), np.int64) if context is None else context.astype(np.int64)
         outputs = self.run("text_encoder", {"visual_prefix": visual, "context_ids": ids})
-        return CrossCache.from_outputs(outputs, self.pipeline.manifest.caches.cross_cache.layers)
+        spec = self.pipeline.manifest.caches.cross_cache
+        assert spec is not None, "every bundle of pixelllm has a cross cache"
+        return CrossCache.from_outputs(outputs, spec.layers)
 
     def generate(self, cross: CrossCache, rules: DecodeRules) -> list[Decoded] | Beams:
         """Greedy for one beam, beam search for more."""

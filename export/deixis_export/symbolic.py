@@ -2,7 +2,8 @@
 
 Its own `unflatten` records the traced sizes as if they were fixed, so that a dynamic dimension behind it ends up as a
 constant; its own `flatten` costs five nodes. Where the axes in question are the last ones, both are a single Reshape
-with a constant shape. RoIAlign is an operator of `deixis_train`, and one node of ONNX.
+with a constant shape. RoIAlign is an operator of `deixis_train`, and one node of ONNX; so is a resize between known
+sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.onnx
 from torch.onnx import symbolic_helper, symbolic_opset9, symbolic_opset13
 
+from deixis.errors import ExportError
 from deixis_train.models.glamm.roi_align import OPERATOR, SAMPLES
 
 # PyTorch's own type hints leave these modules' functions out.
@@ -67,6 +69,22 @@ def _roi_align(g: Any, maps: Any, boxes: Any, index: Any, size: Any, scale: Any)
     return found.setType(maps.type().with_sizes([None, _helper._get_tensor_dim_size(maps, 1), side, side]))
 
 
+def _resize_aligned(g: Any, x: Any, size: Any, align_corners: Any, *scale_factors: Any) -> Any:
+    """Bilinear with aligned corners: one Resize with constant scales. The sides must not be dynamic.
+
+    The wanted sides are those of the traced result, for a model takes them from another map's shape.
+    """
+    wanted, sides = g.original_node.output().type().sizes()[2:], [_helper._get_tensor_dim_size(x, i) for i in (2, 3)]
+    if not _constant(align_corners, "b") or None in sides:
+        raise ExportError("a bilinear resize can only be exported with aligned corners and from a fixed size")
+    scales = torch.tensor([new / old for new, old in zip(wanted, sides, strict=True)], dtype=torch.float32)
+    if [int(old * scale) for old, scale in zip(sides, scales.tolist(), strict=True)] != wanted:
+        raise ExportError(f"a resize from {sides} to {wanted} cannot be exported: the ratio is not exact")
+    constants = [g.op("Constant", value_t=value) for value in (torch.zeros(0), torch.cat([torch.ones(2), scales]))]
+    found = g.op("Resize", x, *constants, coordinate_transformation_mode_s="align_corners", mode_s="linear")
+    return found.setType(x.type().with_sizes([None, _helper._get_tensor_dim_size(x, 1), *wanted]))
+
+
 def _constant(value: Any, kind: str) -> Any:
     """The number or list of integers that a traced value is, or None when it is computed in the graph."""
     found = _helper._maybe_get_const(value, kind)
@@ -76,7 +94,12 @@ def _constant(value: Any, kind: str) -> Any:
 @contextmanager
 def own_symbolics(opset: int) -> Iterator[None]:
     """Use the functions above for exports within the block."""
-    own = {"aten::unflatten": _unflatten, "aten::flatten": _flatten, OPERATOR: _roi_align}
+    own = {
+        "aten::unflatten": _unflatten,
+        "aten::flatten": _flatten,
+        "aten::upsample_bilinear2d": _resize_aligned,
+        OPERATOR: _roi_align,
+    }
     for name, function in own.items():
         _onnx.register_custom_op_symbolic(name, function, opset)
     try:
