@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from deixis_export.parity.backend import Backend, Decoding, EncodedImages, Floats, Ids
-from deixis_export.parity.report import Absent, Array, GoldenFile, TorchOnly
+from deixis_export.parity.base_context import BadDirectory, BaseContext
+from deixis_export.parity.report import Absent, Array, TorchOnly
 from deixis_train.loaders.flax import load_flax, read_flax
 from deixis_train.loaders.golden import config_from_golden
 from deixis_train.models.config import PixelLLMConfig
@@ -27,10 +28,6 @@ OPTIONAL_PARTS = ("point_predictor", "mask_decoder", "mask_adapter", "box_decode
 
 Part = TypeVar("Part")
 OpenBackend = Callable[[PixelLLM], AbstractContextManager[Backend]]
-
-
-class BadDirectory(Exception):
-    """The directory cannot be used at all. The message is one line."""
 
 
 def read_config(directory: Path) -> tuple[PixelLLMConfig, dict[str, Any]]:
@@ -65,58 +62,22 @@ def load_model(directory: Path, config: PixelLLMConfig) -> PixelLLM | None:
     return model.eval()
 
 
-class Context:
+class Context(BaseContext[Backend, PixelLLM]):
     """What every case needs. Properties raise Absent when the directory lacks what they are made from."""
+
+    params = PARAMS
 
     def __init__(
         self, directory: Path, values: dict[str, Any], backend: Backend | None, open_backend: OpenBackend
     ) -> None:
-        self.directory = directory
+        super().__init__(directory, backend)
         self.values = values
-        self._backend = backend
         self._open_backend = open_backend
-        self._files: dict[str, GoldenFile] = {}
-
-    def open(self, name: str) -> GoldenFile:
-        if name not in self._files:
-            self._files[name] = GoldenFile(self.directory / name)
-        return self._files[name]
-
-    @property
-    def backend(self) -> Backend:
-        if self._backend is None:
-            raise Absent(f"no file {PARAMS}")
-        return self._backend
 
     def open_backend(self, model: PixelLLM) -> AbstractContextManager[Backend]:
         """The kind of thing that is being checked, with another model than the directory's own."""
         _ = self.backend
         return self._open_backend(model)
-
-    @property
-    def model(self) -> PixelLLM:
-        """The PyTorch model; raises TorchOnly when something else is being checked."""
-        if self.backend.model is None:
-            raise TorchOnly
-        return self.backend.model
-
-    def in_torch(self, compute: Callable[[PixelLLM], torch.Tensor]) -> Callable[[], Array]:
-        """A value from inside the PyTorch model, for `Report.check`."""
-
-        def run() -> Array:
-            with torch.inference_mode():
-                return compute(self.model).numpy()
-
-        return run
-
-    def torch_only(self, compute: Callable[[], Array]) -> Callable[[], Array]:
-        """A value that says nothing about a backend, computed only where PyTorch is checked."""
-
-        def run() -> Array:
-            _ = self.model
-            return compute()
-
-        return run
 
     @cached_property
     def valid_hw(self) -> Floats:

@@ -7,7 +7,7 @@ cover another file, write its case and add its module here.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from deixis_export.parity import (
     cases_bert,
@@ -37,6 +37,6 @@ CASES: dict[str, Case] = {
 NOT_COVERED: tuple[str, ...] = ()
 
 
-def matching(name: str, patterns: dict[str, Case] | tuple[str, ...]) -> bool:
+def matching(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns means this file."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,14 +28,22 @@ class TorchOnly(Exception):
 
 
 class GoldenFile:
-    """The arrays of one npz file. Reading one that is not there raises Absent; what was read is remembered."""
+    """The arrays of one npz file, or the leaves of a JSON file: "a/b/0" is the first entry of what stands below "b" in
+    "a"; lists of equal shape are one array. Reading what is not there raises Absent; what was read is remembered.
+
+    Raises ValueError or OSError for a file that cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self._arrays: dict[str, Array] = {}
         self._used: set[str] = set()
         self._exists = path.is_file()
-        if self._exists:
+        self._tree: Any = None
+        if self._exists and path.suffix == ".json":
+            self._tree = json.loads(path.read_text(encoding="utf-8"))
+            self._arrays = dict(_leaves(self._tree))
+        elif self._exists:
             with np.load(path, allow_pickle=False) as arrays:
                 self._arrays = {name: arrays[name] for name in arrays.files}
 
@@ -43,6 +52,17 @@ class GoldenFile:
         if name not in self._arrays:
             raise Absent(f"{self.name} has no {name}" if self._exists else f"no file {self.name}")
         return self._arrays[name]
+
+    def tree(self, name: str) -> Any:
+        """Everything below a top-level entry of a JSON file, as it stands there."""
+        self._used.update(leaf for leaf in self._arrays if leaf == name or leaf.startswith(f"{name}/"))
+        if not isinstance(self._tree, dict) or name not in self._tree:
+            raise Absent(f"{self.name} has no {name}" if self._exists else f"no file {self.name}")
+        return self._tree[name]
+
+    def skip(self, *names: str) -> None:
+        """Arrays that say something of the golden vectors themselves, so there is nothing to compare."""
+        self._used.update(names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -53,6 +73,30 @@ class GoldenFile:
     def unused(self) -> list[str]:
         """Names of the arrays that nothing has read."""
         return [name for name in self._arrays if name not in self._used]
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
+    below = value.items() if isinstance(value, dict) else None
+    if isinstance(value, list):
+        array = _rectangle(value)
+        if array is not None:
+            yield name, array
+            return
+        below = ((str(number), entry) for number, entry in enumerate(value))
+    if below is None:
+        yield name, np.asarray(value)
+        return
+    for key, entry in below:
+        yield from _leaves(entry, f"{name}/{key}" if name else key)
+
+
+def _rectangle(values: list[Any]) -> Array | None:
+    """Numbers or texts in lists of equal length, or None."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        return None
+    return array if array.dtype.kind in "biufU" else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""The parity command on the golden vectors of GLaMM, through PyTorch, and on damaged and incomplete copies of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deixis_export.parity.__main__ import compare, main
+from deixis_export.parity.glamm.context import sizes_of
+from deixis_export.parity.report import GoldenFile, Report
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "glamm"
+
+# Fewest arrays that each file must contribute.
+LEAST = {
+    "preprocess.npz": 10,
+    "clip.npz": 8,
+    "projector.npz": 2,
+    "region_encoder.npz": 10,
+    "llm_text.npz": 4,
+    "splice_and_llm.npz": 10,
+    "text_hidden_fcs.npz": 1,
+    "sam_image_encoder.npz": 4,
+    "sam_prompt_and_decoder.npz": 10,
+    "e2e_generate.npz": 28,
+    "train_forward.npz": 11,
+    "train_forward_region.npz": 5,
+    "train_grad_norms.json": 120,
+    "res_teacher_forced.npz": 3,
+    "mask_losses.npz": 4,
+    "text.json": 35,
+    "gcg_eval.json": 33,
+    "res_eval.npz": 2,
+}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return compare(GOLDEN, emit=silent)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Sizes and parameters alone, to which a test adds the files that it is about."""
+    for name in ("manifest.json", "state_dict.npz", "preprocess.npz"):
+        shutil.copyfile(GOLDEN / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    change(content)
+    np.savez(path, **content)  # type: ignore[arg-type]
+
+
+def statuses(report: Report, file: str) -> Counter[str]:
+    return Counter(line.status for line in report.lines if line.file == file)
+
+
+def test_everything_agrees(report: Report) -> None:
+    assert [str(line) for line in report.failed] == []
+    assert max(line.error or 0.0 for line in report.compared if line.file != "train_grad_norms.json") < 2e-5
+
+
+@pytest.mark.parametrize(("file", "least"), LEAST.items())
+def test_every_file_contributes(report: Report, file: str, least: int) -> None:
+    if file == "gcg_eval.json" and shutil.which("java") is None:
+        least -= 18
+    assert statuses(report, file)["ok"] >= least
+    if shutil.which("java") is not None:
+        assert not statuses(report, file)["absent"]
+
+
+def test_everything_is_looked_at(report: Report) -> None:
+    """Inputs are read; the only array without a counterpart is a prompt that GLaMM never gives."""
+    assert not [str(line) for line in report.lines if line.status in ("unknown file", "not compared", "torch-only")]
+    left = [(line.file, line.name) for line in report.lines if line.status == "not covered yet"]
+    assert left == [("sam_prompt_and_decoder.npz", "dense_all")]
+
+
+def test_command(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (small / "grand_pipeline.json").write_text("{}")
+    (small / "other.npz").write_bytes(b"")
+    assert main([str(small)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("parity torch: 10 arrays, 0 failed, worst ")
+    about = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines[:-1]}
+    assert about["grand_pipeline.json"].strip() == "not covered yet" and about["other.npz"].strip() == "unknown file"
+    assert about["clip.npz"].strip() == about["text.json"].strip() == "absent"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "file"),
+    [
+        ("model.vision_tower.vision_tower.vision_model.encoder.layers.4.mlp.fc1.bias", "clip.npz"),
+        ("model.mm_projector.2.bias", "projector.npz"),
+        ("model.text_hidden_fcs.0.2.weight", "text_hidden_fcs.npz"),
+        ("model.layers.1.self_attn.v_proj.weight", "llm_text.npz"),
+        ("model.grounding_encoder.mask_decoder.iou_token.weight", "sam_prompt_and_decoder.npz"),
+    ],
+)
+def test_a_corrupted_parameter_fails(
+    small: Path, parameter: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (file, "clip.npz", "sam_image_encoder.npz"):
+        shutil.copyfile(GOLDEN / name, small / name)
+
+    def corrupt(arrays: dict[str, np.ndarray]) -> None:
+        arrays[parameter] = arrays[parameter] + np.float16(0.25)
+
+    edit(small / "state_dict.npz", corrupt)
+    assert main([str(small)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if " FAIL" in line]
+    assert any(line.startswith(file) for line in failed)
+
+
+def test_what_is_missing_is_named(small: Path) -> None:
+    shutil.copyfile(GOLDEN / "projector.npz", small / "projector.npz")
+    edit(small / "projector.npz", lambda arrays: arrays.pop("tok_idx"))
+    edit(small / "preprocess.npz", lambda arrays: arrays.pop("sam1_input"))
+    report = compare(small, emit=silent)
+    absent = {(line.file, line.name): line.note for line in report.lines if line.status == "absent"}
+    assert absent["projector.npz", "output"] == "(projector.npz has no tok_idx)"
+    assert absent["preprocess.npz", "sam1_input"] == "(preprocess.npz has no sam1_input)"
+    (small / "state_dict.npz").unlink()
+    report = compare(small, emit=silent)
+    assert ("state_dict.npz", "*") in {(line.file, line.name) for line in report.lines if line.status == "absent"}
+    # What needs no parameters is compared all the same.
+    assert not report.failed and statuses(report, "preprocess.npz")["ok"] == 6
+
+
+def test_changed_answers_fail(small: Path) -> None:
+    """One id, one logit next to nothing and one far from it."""
+    shutil.copyfile(GOLDEN / "e2e_generate.npz", small / "e2e_generate.npz")
+
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays["short_output_ids"][-1] += 1
+        masks = arrays["region_pred_masks"]
+        masks[0, 0, 0] *= -1
+        for name in [name for name in arrays if name.startswith("noregion")]:
+            del arrays[name]
+
+    edit(small / "e2e_generate.npz", change)
+    failed = {line.name for line in compare(small, emit=silent).failed}
+    assert failed == {
+        "short_output_ids",
+        "region_pred_masks",
+        "region_pred_masks (mask)",
+        "region_pred_masks (run lengths)",
+    }
+
+
+def test_directories_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("config.json", "{}"), ("manifest.json", "{}")):
+        (tmp_path / name).write_text(content)
+    assert main([str(tmp_path)]) == 2
+    assert "has both config.json and manifest.json" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert main([str(tmp_path)]) == 2
+    assert "manifest.json: not the sizes of a GLaMM: KeyError: 'config'" in capsys.readouterr().err
+    (tmp_path / "manifest.json").unlink()
+    assert main([str(tmp_path)]) == 2
+    assert "has neither config.json nor manifest.json" in capsys.readouterr().err
+
+
+def test_parameters_that_do_not_fill_the_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(small / "state_dict.npz", lambda arrays: arrays.pop("model.norm.weight"))
+    assert main([str(small)]) == 1
+    assert "model.norm.weight" in capsys.readouterr().err
+
+
+def test_sizes_that_the_manifest_does_not_give() -> None:
+    import torch
+
+    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    with np.load(GOLDEN / "state_dict.npz") as stored:
+        tensors: dict[str, Any] = {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+    config = sizes_of(manifest, tensors)
+    assert config.region is not None
+    assert (config.region.levels, config.region.rounds, config.region.crop) == (4, 5, 14)
+    assert config.llama.kv_heads == config.llama.heads and not config.llama.tied
+    del tensors["lm_head.weight"]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = tensors[name][: config.llama.head_dim * 2]
+    shared = sizes_of(manifest, tensors).llama
+    assert shared.kv_heads == 2 and shared.tied
+    without = {name: value for name, value in tensors.items() if ".region_encoder." not in name}
+    assert sizes_of(manifest, without).region is None
+
+
+def test_leaves_of_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(
+        json.dumps({"a": {"b": [[1, 2], [3, 4]], "c": [[1], [2, 3]]}, "d": "text", "e": [], "f": [{"g": 1}]})
+    )
+    file = GoldenFile(path)
+    assert sorted(file) == ["a/b", "a/c/0", "a/c/1", "d", "e", "f/0/g"]
+    assert file["a/b"].shape == (2, 2) and str(file["d"]) == "text" and file["e"].shape == (0,)
+    assert file.unused() == ["a/c/0", "a/c/1", "f/0/g"]
+    assert file.tree("f") == [{"g": 1}] and file.unused() == ["a/c/0", "a/c/1"]
