@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -164,6 +165,30 @@ def test_frozen_parts_are_not_touched(made: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_semantic_encoder_learns_from_its_cached_input(made: Path) -> None:
+    together = [
+        'stages.extractor.train=["semantic_encoder", "prompt_adapter", "visual_projection"]',
+        'stages.extractor.cache=["sam", "small"]',
+    ]
+
+    def losses(out: str, more: list[str]) -> list[float]:
+        recipe = load_recipe(str(made / "recipe.toml"), ["stages.text.steps=1", *more])
+        train(Run(recipe, made / "data", made / out), Accelerator(cpu=True))
+        lines = (made / out / "extractor.log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    alone, both = losses("alone", []), losses("both", together)
+    assert both[0] == pytest.approx(alone[0], rel=5e-3), "the same features, but for the rounding to bytes and to fp16"
+    learned = weights(made / "both", "extractor")
+    torch.manual_seed(load_recipe(str(made / "recipe.toml")).seed)
+    before = PixelLLM(DENSE).state_dict()
+    moved = [name for name in learned if name.startswith("semantic_encoder.blocks")]
+    assert moved and all(not torch.equal(before[name], learned[name]) for name in moved if before[name].any())
+    stores = list((made / "both" / "features").rglob("semantic-*"))
+    assert len(stores) == 1, "the text stage sees what the encoder has become"
+    assert stores[0].name not in {store.name for store in (made / "alone" / "features").rglob("semantic-*")}
+
+
 def test_two_processes_learn_what_one_does(made: Path) -> None:
     settings = ("steps=3", "clip_norm=0.0", "dropout=false")
     short = [word for setting in settings for word in ("--set", f"stages.text.{setting}")]

@@ -67,6 +67,9 @@ class Objective:
         """Fused features [B, g, g, C] and, where it was computed, SAM's own map [B, h, h, C2]."""
         model, sam_map = self.model, None
         sam, semantic = micro.sam, micro.semantic
+        if semantic is None and micro.small is not None:
+            with self._gradient("semantic_encoder"):
+                semantic = self._semantic(micro.small)
         if sam is None or semantic is None:
             assert micro.batch is not None and micro.batch.images is not None
             images, valid_hw = micro.batch.images.float(), micro.batch.valid_hw
@@ -79,13 +82,16 @@ class Objective:
         fused = torch.cat([semantic.float(), sam.float()], dim=-1)
         return (self.helpers.standardize(fused) if self.stage.auxiliary.standardize else fused), sam_map
 
+    def _semantic(self, small: Tensor) -> Tensor:
+        """The semantic encoder's map [B, g, g, C1] of its cached inputs."""
+        return self.model.semantic_resize(self.model.semantic_encoder(normalize_small(self.model, small)))
+
     def _gradient(self, part: Part) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(torch.is_grad_enabled() and part in self.stage.train)
 
     def _grid(self, micro: Micro) -> Outcome:
         assert micro.small is not None and micro.occupied is not None and micro.targets is not None
-        encoded = self.model.semantic_encoder(normalize_small(self.model, micro.small))
-        seen = self.helpers.grid(self.model.semantic_resize(encoded))
+        seen = self.helpers.grid(self._semantic(micro.small))
         terms = cell_losses(seen, micro.occupied, micro.targets)
         return Outcome(terms, cell_figures(seen, micro.occupied, micro.targets))
 

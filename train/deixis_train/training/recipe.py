@@ -58,6 +58,8 @@ TYPE_OF: Mapping[str, Type] = {
     "ask": "caption",
 }
 CACHED_PARTS: Mapping[str, Part] = {"sam": "sam_encoder", "semantic": "semantic_encoder", "clip": "clip"}
+# What the objective "prompt_grid" may run on: "small" is the semantic encoder's input, for a stage in which it learns.
+PROMPT_GRID_CACHES = ({"sam", "semantic"}, {"sam", "small"})
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class StageSpec:
     random order.
 
     dropout acts in the parts that train; with dropout_in_frozen in the frozen ones as well, as the reference has it.
-    cache: which features of frozen encoders are kept on disk. fused_attention: the text encoder attends in one kernel;
+    cache: which features of frozen encoders are kept on disk; "small" is the input of the semantic encoder, small and
+    in bytes, for a stage of objective "prompt_grid" in which that encoder learns. fused_attention: the text encoder attends in one kernel;
     its table of distances is then frozen, and dropout must be off. recompute: the language model's blocks are computed
     again in the backward pass, instead of being kept.
     """
@@ -171,7 +174,7 @@ class StageSpec:
     precision: Literal["fp32", "bf16"] = "fp32"
     fused_attention: bool = False
     recompute: bool = False
-    cache: tuple[Literal["sam", "semantic", "clip"], ...] = ()
+    cache: tuple[Literal["sam", "semantic", "small", "clip"], ...] = ()
     losses: Losses = field(default_factory=Losses)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
     held_out: tuple[SourceSpec, ...] = ()
@@ -307,9 +310,11 @@ def _check_stage(stage: StageSpec, at: str) -> None:
         raise RecipeError(f"{at}.batch: say how many pictures a step takes")
     if lacking := [s.name for s in stage.sources if stage.mixing == "all" and s.pictures < 1]:
         raise RecipeError(f"{at}.sources ({lacking[0]}).pictures: say how many pictures a step takes of it")
-    if stage.objective == "prompt_grid" and set(stage.cache) != {"sam", "semantic"}:
-        raise RecipeError(f"{at}.cache: this objective needs both features cached")
-    if cached := [CACHED_PARTS[what] for what in stage.cache if CACHED_PARTS[what] in stage.train]:
+    if stage.objective == "prompt_grid" and set(stage.cache) not in PROMPT_GRID_CACHES:
+        raise RecipeError(f"{at}.cache: this objective needs sam, and semantic or small")
+    if stage.objective != "prompt_grid" and "small" in stage.cache:
+        raise RecipeError(f"{at}.cache: 'small' is for the objective 'prompt_grid'")
+    if cached := [part for what in stage.cache if (part := CACHED_PARTS.get(what)) in stage.train]:
         raise RecipeError(f"{at}.cache: features of {cached[0]} change while it trains")
 
 
