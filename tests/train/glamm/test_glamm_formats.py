@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def rle(x: int, y: int, side: int) -> dict[str, Any]:
     mask[y : y + side, x : x + side] = 1
     runs = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.reshape(-1), [0]])))
     edges = [0, *runs.tolist(), WIDTH * HEIGHT]
-    return {"size": [HEIGHT, WIDTH], "counts": [b - a for a, b in zip(edges, edges[1:], strict=False)]}
+    return {"size": [HEIGHT, WIDTH], "counts": [b - a for a, b in pairwise(edges)]}
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_grandf_captions_keep_phrases_apart(folder: Path, caplog: pytest.LogCapt
     assert len(sample.rows[0].phrases[1].masks) == 2
     assert decode_mask(sample.rows[0].phrases[0].masks[0])[2:11, 20:29].all()
     assert f"{folder}/annotations.json:record 2: [0, 99] is no stretch of words" in caplog.text
-    with pytest.raises(DataError, match="no usable record|malformed"):
+    with pytest.raises(DataError, match=r"no usable record|malformed"):
         read(folder, "grandf", [bad])
 
 

@@ -37,7 +37,7 @@ KINDS: dict[str, type[Reader]] = {
     "parts": ObjectParts,
     "grand": Grand,
 }
-# Options of readers that are files or folders: recipes name them below the data folder, as they do a source's own files.
+# Options of readers that are files or folders: recipes name them below the data folder, like a source's own files.
 FILE_OPTIONS = frozenset({"sizes", "splits", "labels"})
 _COMMON = {"self", "files", "images", "name", "losses", "instances", "max_skipped", "common"}
 
