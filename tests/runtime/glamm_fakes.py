@@ -174,7 +174,7 @@ class GlammEngine(FakeEngine):
         """What follows all that a row has consumed."""
         random = np.random.default_rng(int(np.abs(seen * np.arange(1, len(seen) + 1)).sum() * 8))
         logits = random.normal(size=VOCABULARY)
-        logits[[0, 1, 3 + len(WORDS) + len(LETTERS), 4 + len(WORDS) + len(LETTERS)]] = -50
+        logits[[0, 1, SPEC.image_start_id, SPEC.image_end_id, BBOX]] = -50
         logits[3 + len(WORDS) : 3 + len(WORDS) + len(LETTERS)] -= 3  # words rather than letters
         logits[[SEG, OPEN, CLOSE]] += 1.5
         consumed = [int(code) for code in seen if code < OFF_TEXT]
@@ -184,7 +184,7 @@ class GlammEngine(FakeEngine):
         said = consumed[turn + 1 :]
         for asked, answer in self.says.items():
             if asked in re.split("USER:", question)[-1] and answer[: len(said)] == said and len(said) < len(answer):
-                logits[answer[len(said)]] += 20
+                logits[answer[len(said)]] += 100
         return logits
 
     def pixel_decoder(self, states: np.ndarray, sam: np.ndarray, image_index: np.ndarray) -> dict[str, np.ndarray]:
