@@ -132,7 +132,7 @@ def export_bundle(
             lowest = "int8" if any(options.of(role) == "int8" for role in specs) else options.precision
             records = family.chain_parity(model, work, lowest, options.seed)
             for name, record in records.items():
-                _require(name, record)
+                require(name, record)
             parity.records.update(records)
             write_manifest(work, manifest)
     except FileExistsError:
@@ -177,7 +177,7 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
             start, precision = time.perf_counter(), options.of(role)
             expected = [_numpy(run_torch(spec, model, case[role])) for case in cases]
             shared = decoder if role in family.shared_roles(model) else None
-            external = _write_graph(spec, model, cases[1][role], work / "graphs", shared, precision)
+            external = trace_and_write(spec, model, cases[1][role], work / "graphs", shared, precision)
             path = work / "graphs" / f"{role}.onnx"
             with GraphSession(path) as session:
                 actual = [session.run(_numpy(case[role])) for case in cases]
@@ -186,11 +186,11 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
             against = "torch fp32" if precision == "fp32" else "torch with the same fp16 weights"
             record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, against)
             result.records[f"graph/{role}"] = record
-            _require(f"graph/{role}", record)
+            require(f"graph/{role}", record)
             if precision != "fp32":
                 drift = ParityRecord(relative_error(actual[0], before[role]), DRIFT_TOLERANCE[precision])
                 result.records[f"drift/{role}"] = drift
-                _require(f"drift/{role}", drift)
+                require(f"drift/{role}", drift)
             # What a user's device has to give: the model's numbers, or for int8 the numbers of the graph itself.
             golden |= golden_arrays(role, _numpy(cases[0][role]), actual[0] if int8 else expected[0])
             result.graphs[role] = _describe(spec, external, precision)
@@ -220,10 +220,13 @@ def _round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], option
             raise ExportError(str(error)) from None
 
 
-def _write_graph(
+def trace_and_write(
     spec: GraphSpec[M], model: M, example: Case, folder: Path, shared: WeightFile | None, precision: PrecisionName
 ) -> tuple[str, ...]:
-    """Trace, lower the precision and write one graph. Returns its external files, relative to the bundle."""
+    """Trace a graph, lower its precision and write it into `folder`, its weights into `shared` if that is given.
+
+    Returns its external files, relative to the bundle.
+    """
     traced: TracedGraph = trace(spec, model, example)
     if precision == "int8":
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -257,7 +260,8 @@ def _describe(spec: GraphSpec[Any], external: tuple[str, ...], precision: Precis
     )
 
 
-def _require(name: str, record: ParityRecord) -> None:
+def require(name: str, record: ParityRecord) -> None:
+    """Raises ExportError for an error beyond its tolerance."""
     if not record.error <= record.tolerance:  # NaN fails
         raise ExportError(
             f"{name} differs from {record.against} by {record.error:.1e} of the largest value, "

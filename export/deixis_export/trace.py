@@ -118,12 +118,21 @@ def fold_constants(traced: TracedGraph) -> None:
     """Evaluate what depends on constants alone, so that no table is computed from parameters in a graph."""
     graph, constants = traced.model.graph, traced.constants
     outputs = {item.name for item in graph.output}
+    looked_up = {
+        node.input[0]
+        for node in graph.node
+        if node.op_type == "Gather"
+        and node.input[0] in constants
+        and constants[node.input[0]].nbytes > _ALWAYS_FOLD_BYTES
+    }
     kept = []
     for node in graph.node:
         if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs:
             constants[node.output[0]] = constants[node.input[0]]
             continue
         constant = all(name in constants for name in node.input if name) and not outputs & set(node.output)
+        if node.op_type == "Transpose" and node.input[0] in looked_up:
+            constant = False  # a table that is also the vocabulary head is stored once; engines fold it while loading
         if not constant or any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
             kept.append(node)
             continue

@@ -1,0 +1,62 @@
+"""A LLaMA alone as a step graph: the decoder of glamm without pictures, for tests on published language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deixis.bundle import ParityRecord
+from deixis.errors import ExportError
+from deixis_export.export import GRAPH_TOLERANCE, INT8_TOLERANCE, require, trace_and_write
+from deixis_export.graph_spec import run_torch
+from deixis_export.graphs_glamm import empty_caches, language_step_spec
+from deixis_export.session import GraphSession, relative_error
+from deixis_export.weights import PrecisionName, WeightFile, round_to_fp16
+from deixis_train.models.glamm.llama import Llama
+
+_ROWS, _NEW, _POSITION, _CAPACITY = 2, 5, 4, 12  # of the example: new ids behind some that are filled
+
+
+@torch.no_grad()
+def export_language_model(llama: Llama, folder: Path, precision: PrecisionName = "fp32", seed: int = 0) -> ParityRecord:
+    """Write `decoder_step.onnx` and its weights `decoder_step.data` into an existing folder.
+
+    Inputs are `ids` [R, S] and `position` [1] int64 and the caches `self_key.i`, `self_value.i` [R, Hkv, T, Dh],
+    outputs `logits` [R, vocab] of the last position, `states` [R, S, D] and the caches. A vocabulary head that is the
+    embedding table is stored once, and stays out of int8.
+
+    Args:
+        llama: in float32. It is changed: LoRA is folded, weights are rounded to the stored precision.
+
+    Returns:
+        The error against the model with the same weights.
+
+    Raises:
+        ExportError: the graph differs from the model beyond tolerance, or fp16 cannot hold a weight.
+    """
+    llama.eval().merge_lora()
+    if precision != "fp32":
+        try:
+            round_to_fp16(llama, "llama")
+        except ValueError as error:
+            raise ExportError(str(error)) from None
+    spec, generator = language_step_spec(llama.config), torch.Generator().manual_seed(seed)
+
+    def words(length: int) -> torch.Tensor:
+        return torch.randint(0, llama.config.vocab, (_ROWS, length), generator=generator)
+
+    empty = empty_caches(llama.config, _ROWS, _CAPACITY)
+    first = run_torch(spec, llama, {"ids": words(_POSITION), "position": torch.tensor([0]), **empty})
+    filled = {name: first[name.replace(".", "_out.")] for name in empty}
+    example = {"ids": words(_NEW), "position": torch.tensor([_POSITION]), **filled}
+    expected = {name: value.numpy() for name, value in run_torch(spec, llama, example).items()}
+    with WeightFile(folder / f"{spec.role}.data") as weights:
+        trace_and_write(spec, llama, example, folder, weights, precision)
+    with GraphSession(folder / f"{spec.role}.onnx") as session:
+        actual = session.run({name: np.ascontiguousarray(value.numpy()) for name, value in example.items()})
+    tolerance = INT8_TOLERANCE if precision == "int8" else GRAPH_TOLERANCE
+    record = ParityRecord(relative_error(actual, expected), tolerance, "torch with the same weights")
+    require(f"graph/{spec.role}", record)
+    return record
