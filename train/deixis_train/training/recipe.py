@@ -147,9 +147,9 @@ class StageSpec:
 
     dropout acts in the parts that train; with dropout_in_frozen in the frozen ones as well, as the reference has it.
     cache: which features of frozen encoders are kept on disk; "small" is the input of the semantic encoder, small and
-    in bytes, for a stage of objective "prompt_grid" in which that encoder learns. fused_attention: the text encoder attends in one kernel;
-    its table of distances is then frozen, and dropout must be off. recompute: the language model's blocks are computed
-    again in the backward pass, instead of being kept.
+    in bytes, for a stage of objective "prompt_grid" in which that encoder learns.
+    fused_attention: the text encoder attends in one kernel; its table of distances is then frozen, and dropout must be
+    off. recompute: the language model's blocks are computed again in the backward pass, instead of being kept.
     """
 
     name: str
