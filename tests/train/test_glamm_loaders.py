@@ -19,11 +19,11 @@ from torch import Tensor
 from deixis_train.checkpoint import load_checkpoint, save_checkpoint
 from deixis_train.loaders.glamm import load_glamm_folder, merged
 from deixis_train.loaders.glamm_names import CLIP, config_from_golden, load_glamm_state
-from deixis_train.loaders.llama import gguf_tokenizer_json, llama_config, load_llama_folder, load_llama_gguf
+from deixis_train.loaders.llama import GgufFile, gguf_tokenizer_json, llama_config, load_llama_folder, load_llama_gguf
 from deixis_train.loaders.real_weights import real_weight
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.models.config import PRESETS
-from deixis_train.models.glamm.config import GLAMM_PRESETS, GlammConfig, LlamaConfig
+from deixis_train.models.glamm.config import GLAMM_PRESETS, GlammConfig
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.llama import Llama
 from deixis_train.models.pixelllm import PixelLLM
@@ -264,18 +264,28 @@ SIZES = {
 }
 
 
-def transformers_llama(config: LlamaConfig | None = None, tied: bool = False):
-    """Transformers' LLaMA with random weights, of `SIZES` or of our sizes."""
+def transformers_llama(tied: bool = False):
+    """Transformers' LLaMA of `SIZES` with random weights."""
     transformers = pytest.importorskip("transformers")
-    values = dict(SIZES)
-    if config is not None:
-        names = {"vocab": "vocab_size", "emb": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers"}
-        names |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
-        names |= {"rms_eps": "rms_norm_eps", "rope_base": "rope_theta"}
-        values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, tie_word_embeddings=tied))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied))
     return model.to(torch.float32).eval()
+
+
+def transformers_copy(model: Llama):
+    """Transformers' LLaMA on our weights, which it shares."""
+    transformers = pytest.importorskip("transformers")
+    names = {"vocab": "vocab_size", "emb": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers"}
+    names |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    names |= {"rms_eps": "rms_norm_eps", "rope_base": "rope_theta"}
+    values = {theirs: getattr(model.config, ours) for ours, theirs in names.items()}
+    config = transformers.LlamaConfig(**values, tie_word_embeddings=model.config.tied)
+    with torch.device("meta"):  # its start values would only be thrown away
+        theirs = transformers.LlamaForCausalLM(config)
+    theirs.model.load_state_dict(model.state_dict(), assign=True)
+    theirs.tie_weights()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    return theirs.eval()
 
 
 @torch.inference_mode()
@@ -373,7 +383,8 @@ def smollm2() -> Iterator[tuple[Llama, Tokenizer]]:
     path = real_weight("smollm2.gguf")
     if path is None:
         pytest.skip("smollm2.gguf is not in the cache; `make real-weights` fetches it")
-    yield load_llama_gguf(path), Tokenizer.from_str(gguf_tokenizer_json(path))
+    file = GgufFile(path)
+    yield load_llama_gguf(file), Tokenizer.from_str(gguf_tokenizer_json(file))
 
 
 def asked(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -403,8 +414,7 @@ def theirs_greedy(theirs, prompt: list[int], count: int) -> list[int]:
 
 def test_smollm2_answers_as_with_transformers(smollm2: tuple[Llama, Tokenizer]) -> None:
     model, tokenizer = smollm2
-    theirs = transformers_llama(model.config, tied=True)
-    theirs.model.load_state_dict(model.state_dict())
+    theirs = transformers_copy(model)
     prompt = asked(tokenizer, PROMPTS[0])
     answer = greedy(model, prompt, 20)
     assert answer == theirs_greedy(theirs, prompt, 20)

@@ -152,13 +152,14 @@ class GgufFile(Mapping[str, Tensor]):
         return name in self._tensors
 
 
-def load_llama_gguf(path: Path) -> Llama:
-    """A LLaMA from a GGUF file, its matrices dequantised. Float32, eval mode.
+def load_llama_gguf(source: Path | GgufFile) -> Llama:
+    """A LLaMA from a GGUF file, its matrices dequantised. Float32, eval mode. An opened file saves reading its header.
 
     Raises:
         CheckpointError: unreadable, of another architecture, or it does not fill the model.
     """
-    file = GgufFile(path)
+    file = source if isinstance(source, GgufFile) else GgufFile(source)
+    path = file.path
     if "rope_freqs.weight" in file or file.value("llama.rope.scaling.type", "none") != "none":
         raise CheckpointError(f"{path}: stretches its rotary positions, which this LLaMA does not compute")
     emb, heads = int(file.value("llama.embedding_length")), int(file.value("llama.attention.head_count"))
@@ -200,7 +201,7 @@ def _gguf_names(config: LlamaConfig) -> dict[str, str]:
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in (outside | blocks).items()}
 
 
-def gguf_tokenizer_json(path: Path) -> str:
+def gguf_tokenizer_json(source: Path | GgufFile) -> str:
     """Text of the `tokenizer.json` of a GGUF file whose tokenizer is a byte-level BPE of SmolLM's kind.
 
     Digits stand alone; no space is put before a text. Control tokens are special.
@@ -211,7 +212,8 @@ def gguf_tokenizer_json(path: Path) -> str:
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    file = GgufFile(path)
+    file = source if isinstance(source, GgufFile) else GgufFile(source)
+    path = file.path
     kind = (file.value("tokenizer.ggml.model"), file.value("tokenizer.ggml.pre", "default"))
     if kind != ("gpt2", "smollm"):
         raise CheckpointError(f"{path}: its tokenizer is {'/'.join(map(str, kind))}; only gpt2/smollm is read")
