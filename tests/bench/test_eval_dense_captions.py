@@ -77,7 +77,7 @@ def test_a_checkpoint_finds_and_says_what_its_bundle_does(
     checkpoint = load_checkpoint(folders[1])
     tasks = {"dense_captions": {**TASKS["dense_captions"], "beams": beams, "join_scores": join}}
     ours = TorchPredictor(dataclasses.replace(checkpoint, tasks=tasks))
-    assert ours.detects
+    assert "dense_captions" in ours.abilities
     for picture in pictures():
         scene = model.encode(picture)
         wanted = scene.dense_captions(join_scores=join, options=deixis.DecodeOptions(beams=beams))

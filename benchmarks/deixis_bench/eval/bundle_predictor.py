@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 import deixis
-from deixis_train.evaluation.predictor import Box, Described, Image, Masks, PlacedWord
+from deixis_train.evaluation.predictor import Box, Described, GroundedAnswer, Image, Masks, PlacedWord
 
 
 class BundlePredictor:
@@ -18,16 +21,18 @@ class BundlePredictor:
         self._last: tuple[Image, deixis.Scene] | None = None
 
     @property
-    def detects(self) -> bool:
-        return "dense_captions" in self._model.info.tasks
+    def abilities(self) -> frozenset[str]:
+        return frozenset(self._model.info.tasks)
 
-    def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
+    def refer(
+        self, picture: Image, texts: Sequence[str], masks: bool = True
+    ) -> tuple[list[Box | None], list[NDArray[np.bool_] | None] | None]:
         scene = self._scene(picture)
         found = self._model.refer_batch([(scene, text) for text in texts], mask=masks)
         boxes = [grounding.box for grounding in found]
         if not masks:
             return boxes, None
-        return boxes, [grounding.mask.array for grounding in found if grounding.mask is not None]
+        return boxes, [None if grounding.mask is None else grounding.mask.array for grounding in found]
 
     def trace(self, picture: Image, text: str) -> list[PlacedWord]:
         return [PlacedWord(word.text, word.box) for word in self._scene(picture).trace(text).words]
@@ -42,6 +47,14 @@ class BundlePredictor:
 
     def dense_captions(self, picture: Image) -> list[Described]:
         return [Described(one.box, one.text, one.score) for one in self._scene(picture).dense_captions()]
+
+    def grounded_caption(self, picture: Image) -> GroundedAnswer:
+        said = self._scene(picture).grounded_caption()
+        phrases = tuple((phrase.text, None if phrase.mask is None else phrase.mask.array) for phrase in said.phrases)
+        return GroundedAnswer(said.text, phrases, tuple(mask.array for mask in said.masks))
+
+    def answer(self, picture: Image, question: str) -> str:
+        return self._scene(picture).ask(question).text
 
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:
         scene = self._scene(picture)

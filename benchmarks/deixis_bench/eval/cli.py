@@ -13,7 +13,8 @@ from deixis.bundle import MANIFEST_NAME
 from deixis.errors import DeixisError
 
 DENSE = "dense-captions"
-TASKS = ("refer", "masks", "caption", "trace", "free-trace", "regions", DENSE)  # what "all" means
+GROUNDED, QUESTIONS = "grounded-captions", "questions"
+TASKS = ("refer", "masks", "caption", "trace", "free-trace", "regions", DENSE, GROUNDED, QUESTIONS)  # "all" means these
 OTHERS = ("boxes",)
 CHECKPOINT_CONFIG = "config.json"
 
@@ -48,8 +49,12 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], help="of the reader")
     root.add_argument("--alignment", choices=("rank", "text"), help="words and utterances of narrations")
     root.add_argument("--detections", metavar="FILE", type=Path, help="dense-captions of these, as COCO results")
+    root.add_argument(
+        "--similarity", choices=("words", "bert"), default="words", help="of phrases, for recall (default: %(default)s)"
+    )
+    root.add_argument("--bert", metavar="DIR", type=Path, help="a local bert-base-uncased, for --similarity bert")
     root.add_argument("--limit", metavar="N", type=_positive, help="pictures (default: all)")
-    root.add_argument("--expressions", metavar="N", type=_positive, help="most expressions of a picture (default: all)")
+    root.add_argument("--expressions", metavar="N", type=_positive, help="most expressions, or questions, of a picture")
     root.add_argument("--json", metavar="FILE", type=Path, help="write the report")
     root.add_argument("--items", metavar="FILE", type=Path, help="write every answer with its scores as JSON lines")
     root.add_argument("--threads", metavar="N", type=_positive, help="of one run of a model (default: all cores)")
@@ -122,13 +127,16 @@ def _run(options: argparse.Namespace) -> int:
         metrics = {"files": values}
     else:
         from deixis_bench.eval.measure import answerable, make_tasks, measure
+        from deixis_train.evaluation.similarity import make_similarity
 
-        tasks = make_tasks(set(sources), _asked_tasks(options, sources), alignment)
+        names = _asked_tasks(options, sources)
+        similarity = make_similarity(options.similarity, options.bert)
+        tasks = make_tasks(set(sources), names, alignment, (options.similarity, similarity))
         for task in tasks:
             task.check()
         with ExitStack() as stack:
             predictors, bundle, checkpoint = _predictors(options, stack)
-            tasks = answerable(tasks, predictors, DENSE in options.task)
+            tasks = answerable(tasks, predictors, options.task)
             pictures, skipped = read_pictures(sources, instances, options.limit)
             metrics, counted = measure(pictures, tasks, predictors, options.items, options.expressions)
     data |= {"pictures": len(pictures), **counted, **({"malformed records": skipped} if skipped else {})}

@@ -38,6 +38,8 @@ LAYOUT: dict[str, tuple[str, str, dict[str, str]]] = {
         "annotations/region_descriptions.json",
         {"sizes": "annotations/image_data.json"},
     ),
+    "grounded-captions": ("grandf", "annotations/grounded_captions.json", {}),
+    "questions": ("llava", "annotations/questions.json", {}),
     "boxes": ("coco_instances", "annotations/instances.json", {}),
 }
 INSTANCES = "annotations/instances.json"
@@ -61,9 +63,11 @@ class Picture:
     instances: tuple[Instance, ...] = ()
 
     def asked(self, task: str, pixels: NDArray[np.uint8], expressions: int | None) -> Asked:
-        """What a task asks about; `expressions` bounds the rows of "refer", where every row is a question."""
+        """What a task asks about; `expressions` bounds the rows where each is a question."""
         rows = self.rows.get(TRUTH.get(task, task), ())
-        return Asked(self.path.name, pixels, rows[:expressions] if task == "refer" else rows, self.instances)
+        return Asked(
+            self.path.name, pixels, rows[:expressions] if task in ("refer", "questions") else rows, self.instances
+        )
 
 
 def read_pictures(

@@ -14,14 +14,33 @@ from deixis_bench.eval.items import ItemFile
 from deixis_train.data.preparation.alignment import Alignment
 from deixis_train.evaluation.dense_task import DenseCaptions
 from deixis_train.evaluation.errors import EvaluationError
+from deixis_train.evaluation.gcg import Similarity
+from deixis_train.evaluation.grounded_task import GroundedCaptions, Questions
 from deixis_train.evaluation.predictor import Predictor
 from deixis_train.evaluation.tasks import Boxes, Captions, Item, Metrics, Refer, Regions, Task, Trace
 
 FREE = "free-order "  # before the names of metrics of texts that follow no order
 
 
-def make_tasks(sources: Collection[str], names: Sequence[str], alignment: Alignment) -> list[Task]:
-    """The tasks of these names; "refer" and "masks" are one, so that nothing is asked twice."""
+# What a model must be able to do for a task, by the runtime's name of it.
+NEEDS = {
+    "refer": "refer",
+    "caption": "caption",
+    "trace": "trace",
+    "free-trace": "trace",
+    "regions": "region_caption",
+    "boxes": "segment",
+    DenseCaptions.name: "dense_captions",
+    GroundedCaptions.name: "grounded_caption",
+    Questions.name: "ask",
+}
+
+
+def make_tasks(
+    sources: Collection[str], names: Sequence[str], alignment: Alignment, similarity: tuple[str, Similarity]
+) -> list[Task]:
+    """The tasks of these names; "refer" and "masks" are one, so that nothing is asked twice. similarity: of phrases of
+    grounded captions, and its name."""
     tasks: list[Task] = []
     if "refer" in sources:
         tasks.append(Refer("refer" in names, "masks" in names))
@@ -35,25 +54,38 @@ def make_tasks(sources: Collection[str], names: Sequence[str], alignment: Alignm
         tasks.append(Regions())
     if DenseCaptions.name in names:
         tasks.append(DenseCaptions())
+    if GroundedCaptions.name in names:
+        tasks.append(GroundedCaptions(similarity[1], similarity[0]))
+    if Questions.name in names:
+        tasks.append(Questions())
     if "boxes" in names:
         tasks.append(Boxes())
     return tasks
 
 
-def answerable(tasks: Sequence[Task], predictors: Sequence[Predictor], insisted: bool) -> list[Task]:
-    """The tasks that all predictors can answer: without a detector there are no dense captions.
+def answerable(tasks: Sequence[Task], predictors: Sequence[Predictor], insisted: Collection[str]) -> list[Task]:
+    """The tasks that all predictors can answer: without a detector there are no dense captions, and so on.
 
-    What is left out is said on the standard error. `insisted`: dense captions were asked for by name; then
-    EvaluationError is raised instead.
+    What is left out is said on the standard error. `insisted`: tasks that were asked for by name; where one of them
+    cannot be answered, EvaluationError is raised instead, and also when nothing is left.
     """
-    blind = next((p for p in predictors if not p.detects), None)
-    if blind is None or all(task.name != DenseCaptions.name for task in tasks):
-        return list(tasks)
-    reason = f"the {'checkpoint' if blind.name == 'torch' else 'bundle'} has no detector"
-    if insisted:
-        raise EvaluationError(f"{DenseCaptions.name}: {reason}; a model with a box decoder is needed, or --detections")
-    print(f"deixis eval: {reason}; {DenseCaptions.name} is left out", file=sys.stderr)
-    return [task for task in tasks if task.name != DenseCaptions.name]
+    left = []
+    for task in tasks:
+        unable = next((p for p in predictors if NEEDS[task.name] not in p.abilities), None)
+        if unable is None:
+            left.append(task)
+            continue
+        reason = f"the {'checkpoint' if unable.name == 'torch' else 'bundle'} {_LACK.get(task.name, 'cannot do it')}"
+        if task.name in insisted or (task.name == "refer" and "masks" in insisted):
+            raise EvaluationError(f"{task.name}: {reason}; {_ADVICE.get(task.name, 'measure a model that can')}")
+        print(f"deixis eval: {reason}; {task.name} is left out", file=sys.stderr)
+    if not left:
+        raise EvaluationError("the model can do none of the tasks that the data is for")
+    return left
+
+
+_LACK = {DenseCaptions.name: "has no detector"}
+_ADVICE = {DenseCaptions.name: "a model with a box decoder is needed, or --detections"}
 
 
 def measure(

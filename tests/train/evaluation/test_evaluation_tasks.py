@@ -30,7 +30,7 @@ class Prepared:
     """A predictor that says what it was told to."""
 
     name = "bundle"
-    detects = True
+    abilities = frozenset({"refer", "trace", "caption", "region_caption", "dense_captions", "segment"})
 
     def __init__(self, **answers: dict) -> None:
         self.answers = answers

@@ -31,6 +31,16 @@ class Described(NamedTuple):
     score: float
 
 
+class GroundedAnswer(NamedTuple):
+    """A text with its phrases in order, each with its mask bool [H, W] (None where the model gave none), and the masks
+    that belong to no phrase.
+    """
+
+    text: str
+    phrases: tuple[tuple[str, NDArray[np.bool_] | None], ...]
+    masks: tuple[NDArray[np.bool_], ...]
+
+
 class Predictor(Protocol):
     """Answers about pictures. A predictor keeps the features of the picture it was asked about last.
 
@@ -44,12 +54,19 @@ class Predictor(Protocol):
         ...
 
     @property
-    def detects(self) -> bool:
-        """Whether the model has a detector, which `dense_captions` needs."""
+    def abilities(self) -> frozenset[str]:
+        """What the model can do, by the runtime's names: "refer", "trace", "caption", "region_caption",
+        "dense_captions", "segment", "grounded_caption", "ask".
+        """
         ...
 
-    def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
-        """The box of each expression, clipped to the picture, and its mask bool [H, W] (None without `masks`)."""
+    def refer(
+        self, picture: Image, texts: Sequence[str], masks: bool = True
+    ) -> tuple[list[Box | None], list[NDArray[np.bool_] | None] | None]:
+        """The box of each expression, clipped to the picture, and its mask bool [H, W] (None without `masks`).
+
+        Either of an expression is None where the model shows nothing.
+        """
         ...
 
     def trace(self, picture: Image, text: str) -> list[PlacedWord]:
@@ -66,6 +83,14 @@ class Predictor(Protocol):
 
     def dense_captions(self, picture: Image) -> list[Described]:
         """Every object that the detector's own threshold lets pass, best first; boxes are clipped to the picture."""
+        ...
+
+    def grounded_caption(self, picture: Image) -> GroundedAnswer:
+        """A caption of the whole picture, its phrases with masks."""
+        ...
+
+    def answer(self, picture: Image, question: str) -> str:
+        """What the model answers to a question about the picture, without marks."""
         ...
 
     def segment(self, picture: Image, boxes: Sequence[Box]) -> Masks:

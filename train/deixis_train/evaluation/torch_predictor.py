@@ -1,4 +1,4 @@
-"""Answers of the PyTorch model of a checkpoint, prepared and read exactly as the runtime does it for a bundle."""
+"""Answers of the PyTorch PixelLLM of a checkpoint, prepared and read exactly as the runtime does it for a bundle."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from deixis_train.evaluation.boxes import to_picture
 from deixis_train.evaluation.errors import EvaluationError
 from deixis_train.evaluation.masks import mask_of_logits, segment_of_logits
 from deixis_train.evaluation.model_tasks import DETECTION_CHOICES, model_tasks
-from deixis_train.evaluation.predictor import Box, Described, Image, Masks, PlacedWord
+from deixis_train.evaluation.predictor import Box, Described, GroundedAnswer, Image, Masks, PlacedWord, Predictor
 from deixis_train.evaluation.texts import Pieces, TextEncoder
+from deixis_train.evaluation.torch_glamm import TorchGlammPredictor
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.models import decoding
 from deixis_train.models.box_decoder.dense_captions import rank_beams, score_with_caption
@@ -36,11 +37,11 @@ class TorchPredictor:
     name = "torch"
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
-        self._model = checkpoint.model.to(device).eval()
+        self._model = checkpoint.pixelllm.to(device).eval()
         self._device = torch.device(device)
-        self._config = checkpoint.config
-        self._tasks = model_tasks(checkpoint.config, checkpoint.tasks)
-        self._texts = TextEncoder(checkpoint.tokenizer_json, checkpoint.config)
+        self._config = self._model.config
+        self._tasks = model_tasks(self._config, checkpoint.tasks)
+        self._texts = TextEncoder(checkpoint.tokenizer_json, self._config)
         self._last: tuple[Image, Scene, tuple[int, int]] | None = None
         chosen = checkpoint.tasks.get("dense_captions", {})
         self._join_scores = bool(chosen.get("join_scores", False))
@@ -49,18 +50,20 @@ class TorchPredictor:
             self._model.box_decoder.config = replace(self._model.box_decoder.config, **own)
 
     @property
-    def detects(self) -> bool:
-        return self._model.box_decoder is not None
+    def abilities(self) -> frozenset[str]:
+        return frozenset(self._tasks) | (frozenset() if self._model.mask_decoder is None else {"segment"})
 
     @torch.inference_mode()
-    def refer(self, picture: Image, texts: Sequence[str], masks: bool = True) -> tuple[list[Box], Masks | None]:
+    def refer(
+        self, picture: Image, texts: Sequence[str], masks: bool = True
+    ) -> tuple[list[Box | None], list[NDArray[np.bool_] | None] | None]:
         task, pieces = self._given("refer", texts)
         if masks and self._model.mask_decoder is None:
             raise TaskError(f"checkpoint {self._config.name!r} makes no masks: it has no mask decoder")
         scene, valid = self._encode(picture)
         original = picture.shape[:2]
-        boxes: list[Box] = []
-        found: Masks = []
+        boxes: list[Box | None] = []
+        found: list[NDArray[np.bool_] | None] = []
         for start in range(0, len(texts), ROWS):
             rows = slice(start, start + ROWS)
             visual, features, ids = self._forced(scene, valid, task, texts[rows], pieces[rows])
@@ -137,6 +140,12 @@ class TorchPredictor:
                 for one in logits[:, 0].cpu().numpy()
             ]
         return found
+
+    def grounded_caption(self, picture: Image) -> GroundedAnswer:
+        raise TaskError(f"checkpoint {self._config.name!r} is a PixelLLM, which cannot make grounded captions")
+
+    def answer(self, picture: Image, question: str) -> str:
+        raise TaskError(f"checkpoint {self._config.name!r} is a PixelLLM, which cannot answer questions")
 
     # ---- the way of a request
 
@@ -242,8 +251,8 @@ def load_predictor(
     frozen_from: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     threads: int | None = None,
-) -> tuple[TorchPredictor, dict[str, str]]:
-    """The predictor of a checkpoint, and what reports say of it: its name, and folder and hash of its weights.
+) -> tuple[Predictor, dict[str, str]]:
+    """The predictor of a checkpoint of either family, and what reports say of it: name, folder and hash of its weights.
 
     Raises EvaluationError with the checkpoint's own complaint, or for a device that torch does not have.
     """
@@ -251,7 +260,7 @@ def load_predictor(
         torch.set_num_threads(threads)
     try:
         checkpoint = load_checkpoint(directory, frozen_from)
-        predictor = TorchPredictor(checkpoint, device)
+        predictor = (TorchGlammPredictor if checkpoint.family == "glamm" else TorchPredictor)(checkpoint, device)
     except (CheckpointError, RuntimeError, AssertionError) as error:
         raise EvaluationError(str(error)) from None
     return predictor, {"name": checkpoint.config.name, "source": checkpoint.source, "device": device}

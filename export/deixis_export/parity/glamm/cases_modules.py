@@ -12,6 +12,7 @@ from deixis.image import fit, middle
 from deixis_export.parity.glamm.backend import Floats, as_floats, as_ids
 from deixis_export.parity.glamm.context import PICTURES, GlammContext, maps_of, size_of
 from deixis_export.parity.report import EXACT, Absent, Array, GoldenFile, Line, Report
+from deixis_train.glamm.pictures import global_input, grounding_input
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.reference import postprocess
 from deixis_train.models.glamm.region_encoder import RegionEncoder
@@ -38,6 +39,7 @@ def preprocess(context: GlammContext, file: GoldenFile, report: Report) -> None:
         )
         report.check(file, f"sam{number}_resized_uint8", lambda n=number: resized(n), EXACT)
         report.check(file, f"sam{number}_resize_hw", lambda n=number: np.array(resized(n).shape[:2]), EXACT)
+        _as_in_training(context, file, report, number, original)
         step = _stride(file, f"clip{number}_pixels_stride")
         if step is not None:
             report.check(
@@ -49,6 +51,23 @@ def preprocess(context: GlammContext, file: GoldenFile, report: Report) -> None:
             )
         report.check(file, f"sam{number}_input", context.in_torch(lambda m, n=number: _sam_pixels(m, context, n)))
         file.skip(f"clip{number}_requant_maxdiff")
+
+
+def _as_in_training(
+    context: GlammContext, file: GoldenFile, report: Report, number: int, original: Callable[[], Array]
+) -> None:
+    """Training prepares pictures with Pillow itself."""
+
+    def resized() -> Array:
+        padded, (height, width) = grounding_input(original(), context.config.image_size)
+        return padded[:height, :width]
+
+    def whole() -> Array:
+        return global_input(original(), context.config.clip.image_size)
+
+    label = " (training)"
+    report.check(file, f"clip{number}_resized_cropped_uint8", context.torch_only(whole), EXACT, label=label)
+    report.check(file, f"sam{number}_resized_uint8", context.torch_only(resized), EXACT, label=label)
 
 
 def _stride(file: GoldenFile, prefix: str) -> int | None:
