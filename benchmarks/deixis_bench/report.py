@@ -26,10 +26,14 @@ def finish(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model, o
     for name, value in (metrics | data).items():
         print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
     if out is not None:
-        info = model.info
-        bundle = {"name": info.name, "device": info.device, "path": info.bundle.name}
-        report = {"metrics": metrics, "data": data, "bundle": bundle, "machine": machine()}
-        write_report(out, report)
+        write_report(out, report_of(metrics, data, model))
+
+
+def report_of(metrics: dict[str, Any], data: dict[str, Any], model: deixis.Model) -> dict[str, Any]:
+    """The whole report of a measurement."""
+    info = model.info
+    bundle = {"name": info.name, "device": info.device, "path": info.bundle.name}
+    return {"metrics": metrics, "data": data, "bundle": bundle, "machine": machine()}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

@@ -176,6 +176,30 @@ GLAMM_PRESETS: dict[str, GlammConfig] = {
         max_new_tokens=128,
         max_question_tokens=256,
     ),
+    # For benchmarks: the sizes of SmolLM2-135M as language model, the rest as in the demo.
+    "glamm-135m": GlammConfig(
+        name="glamm-135m",
+        clip=ClipConfig(embed_dim=192, depth=8, num_heads=3, mlp_dim=576, image_size=224, select_layer=-1),
+        region=RegionConfig(groups=16, rounds=2, crop=7, frame=224, hidden_dim=192, position_dim=64, levels=2),
+        llama=LlamaConfig(
+            vocab=49159,
+            emb=576,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            mlp=1536,
+            rope_base=100_000.0,
+            tied=True,
+        ),
+        image_size=512,
+        sam=TinyVitConfig(),
+        ids=SpecialIds(
+            image_start=49152, image_end=49153, region=49154, mask=49156, phrase_start=49157, phrase_end=49158
+        ),
+        max_new_tokens=512,
+        max_question_tokens=256,
+    ),
     # The published sizes: 8.0 billion parameters, SAM ViT-H, CLIP ViT-L/14 at 336 px, Vicuna 7B.
     "glamm-7b": GlammConfig(sam=SAM_SIZES["huge"]),
 }
