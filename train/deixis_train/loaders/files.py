@@ -34,7 +34,7 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         names = (SAFETENSORS_INDEX, SAFETENSORS_SINGLE, PYTORCH_INDEX, PYTORCH_SINGLE)
         inside = [path / name for name in names if (path / name).is_file()]
         if not inside:
-            raise CheckpointError(f"{path}: holds no weights: none of {', '.join(names)}")
+            raise CheckpointError(f"{path}: holds neither {' nor '.join(names)}")
         path = inside[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
