@@ -27,6 +27,16 @@ class Rows:
     embed_index: Tensor
 
 
+@dataclass(frozen=True)
+class Look:
+    """N positions and the cells that each should look at."""
+
+    row: Tensor  # [N] int64
+    position: Tensor  # [N] int64, with the picture counted
+    first: Tensor  # [N] int64, position of the picture's first cell in that row
+    cells: Tensor  # [N, T0] bool, at least one each
+
+
 @dataclass
 class GlammBatch:
     """Conversations about some pictures. Rows of one picture are neighbours, in the order of the pictures.
@@ -43,6 +53,7 @@ class GlammBatch:
     grounding_images: Tensor | None = None  # [B, S, S, 3], padded right and bottom
     sam: Tensor | None = None  # cached map of the grounding encoder [B, h, h, P]
     valid_hw: Tensor | None = None  # [B, 2] real height and width of the grounding input, px
+    look: Look | None = None  # where states should look
     masks: list[Tensor] | None = None  # per picture [m, H, W] 0/1 at the size of its masks; None: no mask is learned
 
     @property
@@ -59,8 +70,8 @@ class GlammBatch:
                 return value.to(device, non_blocking=True)
             if isinstance(value, list):
                 return [move(item) for item in value]
-            if isinstance(value, Rows):
-                return Rows(**{spec.name: move(getattr(value, spec.name)) for spec in fields(value)})  # pyright: ignore[reportArgumentType]
+            if isinstance(value, Rows | Look):
+                return type(value)(**{spec.name: move(getattr(value, spec.name)) for spec in fields(value)})  # pyright: ignore[reportArgumentType]
             return value
 
         return GlammBatch(**{spec.name: move(getattr(self, spec.name)) for spec in fields(self)})  # pyright: ignore[reportArgumentType]

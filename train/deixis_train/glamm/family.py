@@ -55,22 +55,21 @@ class GlammRun:
         if stage.objective == "grid":
             return [self._grid_feed(stage, spec, _seed(seed, k), writer) for k, spec in enumerate(specs)]
         sources = [self._source(stage, spec, writer) for spec in specs]
+        feed = partial(ItemFeed, model=self.model, labeller=self._labeller, looks=stage.auxiliary.look > 0)
         if stage.mixing == "types" and specs is stage.sources:
             found = {kind: [s for s in sources if TYPE_OF[s.spec.task] == kind] for kind in stage.types}
             return [
-                ItemFeed(kind, self.model, self._labeller, members, "draw", _seed(seed, k), weight=stage.types[kind])
+                feed(kind, sources=members, order="draw", seed=_seed(seed, k), weight=stage.types[kind])
                 for k, (kind, members) in enumerate(found.items())
             ]
         if stage.mixing == "walk" and specs is stage.sources:
-            return [ItemFeed("all", self.model, self._labeller, sources, "walk", _seed(seed, 0))]
+            return [feed("all", sources=sources, order="walk", seed=_seed(seed, 0))]
         return [
-            ItemFeed(
+            feed(
                 source.spec.name,
-                self.model,
-                self._labeller,
-                [source],
-                "walk",
-                _seed(seed, k),
+                sources=[source],
+                order="walk",
+                seed=_seed(seed, k),
                 weight=source.spec.weight,
                 factor=source.spec.weight if stage.mixing == "all" else 1.0,
                 pictures=source.spec.pictures,
@@ -82,8 +81,9 @@ class GlammRun:
         samples = self.corpus.samples(spec)
         masks = "mask" in spec.losses
         whats: list[What] = [what for what in stage.cache if what == "clip" or masks]
+        drawn = masks or (TYPE_OF[spec.task] == "mask" and stage.auxiliary.look > 0)
         stores = self._stores(stage, spec, whats, writer)
-        asking = Asking(spec.task, spec.instructions or QUESTIONS[spec.task], spec.rows, spec.jitter, masks)
+        asking = Asking(spec.task, spec.instructions or QUESTIONS[spec.task], spec.rows, spec.jitter, drawn)
         return ItemSource(spec, samples, asking, stores)
 
     def _stores(

@@ -19,11 +19,12 @@ from deixis_train.glamm.batches import GlammBatch, expand_rows
 from deixis_train.glamm.conversations import Labeller
 from deixis_train.glamm.features import read_inputs
 from deixis_train.glamm.items import Asking, Item, make_item
+from deixis_train.glamm.looking import find_looks
 from deixis_train.glamm.pictures import grounding_size
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.training.features import FeatureStore
 from deixis_train.training.micro import Samples, shuffled
-from deixis_train.training.recipe import SourceSpec
+from deixis_train.training.recipe import TYPE_OF, SourceSpec
 
 TRIES = 100  # samples that may have nothing to ask for, one after the other
 
@@ -48,6 +49,10 @@ class ItemSource:
     samples: Samples
     asking: Asking
     stores: Mapping[str, FeatureStore]
+
+    @property
+    def learns_masks(self) -> bool:
+        return "mask" in self.spec.losses
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
         """Of that sample, or of another one if it has nothing to ask for. Raises DataError if none has."""
@@ -74,9 +79,10 @@ class ItemFeed:
     weight: float = 1.0
     factor: float = 1.0
     pictures: int = 0
+    looks: bool = False  # batches say where states should look
 
     def __post_init__(self) -> None:
-        if len({source.asking.masks for source in self.sources}) > 1:
+        if len({source.learns_masks for source in self.sources if TYPE_OF[source.spec.task] == "mask"}) > 1:
             raise DataError(
                 f"sources of {self.name!r}: 'mask' in the losses of some, not of others; they mix in a batch"
             )
@@ -103,7 +109,11 @@ class ItemFeed:
         return chosen
 
     def make(self, start: int, count: int) -> GlammMicro:
-        return GlammMicro(self.name, self.factor, make_batch(self.choose(start, count), self.model, self.labeller))
+        chosen = self.choose(start, count)
+        batch = make_batch(chosen, self.model, self.labeller)
+        if self.looks:
+            batch.look = find_looks([item for _, item in chosen], batch.rows, self.model.config)
+        return GlammMicro(self.name, self.factor, batch)
 
     def _place(self, number: int) -> tuple[int, int]:
         source = int(np.searchsorted(self._ends, number, side="right"))
@@ -118,7 +128,7 @@ def make_batch(chosen: Sequence[tuple[ItemSource, Item]], model: Glamm, labeller
     counts = [len(item.boxes) for item in items]
     rows = expand_rows([i for i, _ in said], [labels for _, labels in said], picture, counts, config, len(items))
     batch = GlammBatch(rows, torch.tensor(picture))
-    masked = any(source.asking.masks for source, _ in chosen)
+    masked = any(source.learns_masks for source, _ in chosen)
     stores = chosen[0][0].stores
     reads_small, reads_grounding = "clip" not in stores, masked and "sam" not in stores
     if reads_small or reads_grounding:

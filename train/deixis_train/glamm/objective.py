@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deixis_train.glamm.batches import GlammBatch, Rows
+from deixis_train.glamm.looking import looking_loss, watched
 from deixis_train.losses.grounding import mask_losses, next_token_loss, predicting
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.reference import postprocess
@@ -25,6 +26,7 @@ class Outcome:
     masks: list[Tensor] = field(default_factory=list)  # logits of each picture [m, H, W], at the size of its masks
     logits: Tensor | None = None  # [N, vocab], where a next token counts
     wanted: Tensor | None = None  # [N], that token
+    look: Tensor | None = None  # see `looking`; None where the batch does not say where to look
 
 
 def training_outcome(model: Glamm, batch: GlammBatch) -> Outcome:
@@ -33,17 +35,22 @@ def training_outcome(model: Glamm, batch: GlammBatch) -> Outcome:
     Raises:
         ValueError: a picture has more [SEG]s than masks.
     """
-    states = language_states(model, batch)
+    if batch.look is None:
+        look, states = None, language_states(model, batch)
+    else:
+        with watched(model.llama, batch.look) as kept:
+            states = language_states(model, batch)
+        look = looking_loss(kept)
     rows = batch.rows
     counted = predicting(rows.labels)
     logits, wanted = model.llama.head(states[counted]), rows.labels[:, 1:][counted[:, :-1]]
     ce = next_token_loss(logits, wanted)
     if batch.masks is None:
-        return Outcome(ce, None, None, [], logits, wanted)
+        return Outcome(ce, None, None, [], logits, wanted, look)
     sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in batch.masks]
     masks = predicted_masks(model, batch, states, sizes)
     bce, dice = mask_losses(masks, batch.masks)
-    return Outcome(ce, bce, dice, masks, logits, wanted)
+    return Outcome(ce, bce, dice, masks, logits, wanted, look)
 
 
 def total_loss(

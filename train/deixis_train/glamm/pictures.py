@@ -32,6 +32,12 @@ def global_input(image: Picture, size: int) -> Picture:
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
+def clip_placement(original: Size, size: int) -> Placement:
+    """Where a stored picture lies in CLIP's input."""
+    height, width = global_size(original, size)
+    return Placement(original, (height, width), ((height - size) // 2, (width - size) // 2), (size, size))
+
+
 def grounding_size(original: Size, size: int) -> Size:
     """Real size of the grounding input: the longer side becomes `size`, both are rounded (section 2.2)."""
     scale = size / max(original)
@@ -57,10 +63,7 @@ def seen_by_clip(sample: Sample, size: int) -> Sample:
 
     Instances outside of it keep no area, so that their order stays.
     """
-    original = (sample.height, sample.width)
-    height, width = global_size(original, size)
-    offset = ((height - size) // 2, (width - size) // 2)
-    placement = Placement(original, (height, width), offset, (size, size))
+    placement = clip_placement((sample.height, sample.width), size)
     instances = tuple(_moved(thing, placement, size) for thing in sample.instances)
     return replace(sample, width=size, height=size, instances=instances)
 

@@ -56,6 +56,8 @@ class GlammObjective:
         terms = {"text": weights.text * outcome.ce}
         if outcome.bce is not None and outcome.dice is not None:
             terms |= {"bce": weights.bce * outcome.bce, "dice": weights.dice * outcome.dice}
+        if outcome.look is not None:
+            terms["look"] = self.stage.auxiliary.look * outcome.look
         return objectives.Outcome(terms, _figures(outcome, micro.batch.masks))
 
 

@@ -329,6 +329,10 @@ def _check_family(family: Family, stage: StageSpec, at: str) -> None:
         raise RecipeError(f"{at}: objective 'prompt_grid', 'semantic' in cache and fused_attention are PixelLLM's")
     if stage.objective == "grid":
         return
+    if stage.auxiliary.match or stage.auxiliary.cells or stage.auxiliary.standardize:
+        raise RecipeError(f"{at}.auxiliary: of these, GLaMM has 'look' alone")
+    if stage.auxiliary.look and stage.recompute:
+        raise RecipeError(f"{at}.recompute: attention that is led cannot be computed again; leave out auxiliary.look")
     if lacking := [source.name for source in sources if not source.task]:
         raise RecipeError(f"{at}.sources ({lacking[0]}).task: say what is asked: {', '.join(TYPE_OF)}")
     for source in sources:
@@ -343,7 +347,8 @@ def _check_family(family: Family, stage: StageSpec, at: str) -> None:
 
 
 def _check_source(stage: StageSpec, source: SourceSpec, at: str) -> None:
-    dense = stage.objective != "text" or stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells
+    helped = not source.task and (stage.auxiliary.match or stage.auxiliary.look or stage.auxiliary.cells)
+    dense = stage.objective != "text" or helped
     if dense and not source.instances:
         raise RecipeError(f"{at}.instances: this objective needs them")
     if (dense or stage.cache or source.task) and (source.scale != (1.0, 1.0) or source.flip):
