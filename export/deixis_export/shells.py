@@ -1,9 +1,9 @@
 """Models without memory: sizes and structure of any model, however large, to trace graphs from.
 
-Every parameter of a shell is one number in every place, a tensor whose strides are all zero. Within `without_arithmetic`
-whatever is computed from such tensors has the right shape and is a tensor of that kind again, so tracing a model costs
-neither the memory of its weights nor the time of a forward pass; integers (positions, indices, lengths) are computed as
-ever, for they decide what is traced.
+Every parameter of a shell is one number in every place, a tensor whose strides are all zero. `without_arithmetic`
+makes whatever is computed from such tensors one of them again, of the right shape. So tracing a model costs neither
+the memory of its weights nor the time of a forward pass. Positions, indices and lengths are computed as ever, for they
+decide what is traced.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class _Building(TorchFunctionMode):
                 return blank(shape)
         name = getattr(func, "__name__", "")
         target = args[0] if args else kwargs.get("tensor")
+        if func is torch.empty_like and is_blank(target):
+            return blank(tuple(target.shape))
+        if name in ("lt", "gt", "__lt__", "__gt__") and is_blank(target):
+            return torch.tensor(False)  # a truncated normal looks for what it has to draw again
         if name.endswith("_") and not name.endswith("__") and is_blank(target):
             return target
         return func(*args, **kwargs)
@@ -84,7 +88,7 @@ class _RecordedConvolutions(TorchFunctionMode):
         else:
             return func(*args, **(kwargs or {}))
         flags = (False, False, False, False)  # of the device that computes
-        return torch._convolution(
+        return torch._convolution(  # pyright: ignore[reportPrivateImportUsage]
             x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *flags
         )
 
@@ -100,15 +104,18 @@ class _NoArithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.is_view or not self._aside.submit(_any_blank, args, kwargs).result():
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:
-            return args[0]
-        return self._aside.submit(_blank_result, func, args, kwargs).result()
+        if not func.is_view:
+            found = self._aside.submit(_blank_result, func, args, kwargs).result()
+            if found is not None:
+                return args[0] if func._schema.is_mutable else found[0]
+        return func(*args, **kwargs)
 
 
 def without_arithmetic(module: M) -> M:
-    """Let a module's forward pass run without arithmetic on blank tensors; only it, for the exporter looks at numbers afterwards."""
+    """Let a module's forward pass run without arithmetic on blank tensors.
+
+    Only the forward pass, for the exporter looks at numbers afterwards.
+    """
     forward = module.forward
 
     def quiet(*inputs: Tensor) -> Any:
@@ -120,14 +127,13 @@ def without_arithmetic(module: M) -> M:
     return module
 
 
-def _any_blank(args: Any, kwargs: Any) -> bool:
-    return any(is_blank(x) for x in tree_flatten((args, kwargs))[0])
-
-
-def _blank_result(func: Any, args: Any, kwargs: Any) -> Any:
+def _blank_result(func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+    """The result of an operation on blank tensors; None when none of its arguments is blank."""
+    if not any(is_blank(x) for x in tree_flatten((args, kwargs))[0]):
+        return None
     args, kwargs = tree_map_only(
         Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), (args, dict(kwargs))
     )
     if "device" in kwargs:
         kwargs["device"] = torch.device("meta")
-    return tree_map_only(Tensor, lambda x: blank(tuple(x.shape), dtype=x.dtype), func(*args, **kwargs))
+    return (tree_map_only(Tensor, lambda x: blank(tuple(x.shape), dtype=x.dtype), func(*args, **kwargs)),)

@@ -23,7 +23,7 @@ from deixis_export.shells import blank, without_arithmetic
 from deixis_export.sources import WeightSource
 from deixis_export.symbolic import own_symbolics
 from deixis_export.trace import OPSET, TracedGraph, _detach_constants, _set_border, fold_constants
-from deixis_export.weights import WeightFile, stored_low, store_fp16, write_graph
+from deixis_export.weights import WeightFile, store_fp16, stored_low, write_graph
 
 STREAM_FROM_BYTES = 1 << 20
 _MODEL = "model."  # how a graph's view names the model that it holds
@@ -150,7 +150,7 @@ def _used_as_they_are(graph: onnx.GraphProto, large: set[str]) -> set[str]:
         made_from = set().union(*(origins[name] for name in given))
         if node.op_type not in ("Transpose", "Identity"):
             computed |= made_from
-        origins |= {name: made_from for name in node.output}
+        origins |= dict.fromkeys(node.output, made_from)
     return large - computed
 
 
@@ -217,3 +217,16 @@ def write_streamed(
         model.graph.node.extend([*casts, *nodes])
         write_graph(TracedGraph(model, traced.constants), path, file)
     return data
+
+
+def stream(
+    spec: GraphSpec[M],
+    tracing: M,
+    values: WeightSource,
+    path: Path,
+    *,
+    half: bool,
+    stream_from: int = STREAM_FROM_BYTES,
+) -> None:
+    """Write one graph of a shell to `path`, and its weights beside it. `half`: matrices in fp16, exact in `values`."""
+    write_streamed(trace_shell(spec, tracing, values, stream_from), path, values, half=half)
