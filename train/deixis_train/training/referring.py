@@ -58,7 +58,7 @@ def measure(checkpoint: Path, recipe: Recipe, data: Path, features: Path, device
     """
     sam = recipe.init.mobile_sam or recipe.init.sam
     loaded = load_checkpoint(checkpoint, find_file(sam, data, checkpoint.parent) if sam else None)
-    model = loaded.model.to(device)
+    model = loaded.pixelllm.to(device)
     localiser = localiser_of(recipe.localisation, model, loaded.tokenizer_json)
     stage, spec = held_out_expressions(recipe)
     corpus = Corpus(data, features, lambda line: None)
