@@ -12,21 +12,28 @@ Names are imported when they are first used, so `import deixis` and `import deix
 The way of a request through the modules, and so where a change belongs:
 
     model, scene            what the user calls: load, encode, the tasks one by one and in batches, the recent scenes
-    image, exif, geometry   a picture to the network input, and the map of points between the two
-    captioning, grounding,  one function per task: prompts in, graphs in their order, results out
+    families, tasks         which pipeline and which tasks a family of models has; what every family may be asked
+    image, exif, geometry,  a picture to the network input, and the map of points between the two
+    resample
+    pixel_tasks:            the tasks of PixelLLM, one function each: prompts in, graphs in their order, results out
+    captioning, grounding,
     dense
-    prompts, tokenizer      what the caller points at or says, checked, as arrays for the graphs
-    pipeline, batching      every graph as a method on arrays; many requests packed into few runs
+    glamm                   the family GLaMM: its pipeline, its language session, its tasks
+    prompts, tokenizer,     what the caller points at or says, checked, as arrays for the graphs
+    conversation
+    pipeline, batching      every graph of PixelLLM as a method on arrays; many requests packed into few runs
+    base_pipeline           what the pipelines of both families share
     engines                 what runs a graph (onnxruntime)
     caches, decoding        keys and values of the decoder; greedy and beam search
     detection               places to boxes of objects: peaks, suppression, scores
     readout, masks          locations to words and boxes, logits to masks, in pixels of the user's picture
-    results                 what comes back; overlay and drawing make pictures of it
-    bundle, schema          manifest and files of a bundle; options, errors, files: what they say
+    results, streams        what comes back; overlay and drawing make pictures of it
+    bundle, manifest,       the files of a bundle, its manifest, and what must hold between them; options, errors,
+    manifest_checks, schema files: what they say
     cli                     the `deixis` command
 
-Section numbers in docstrings ("section 8") are those of a specification of PixelLLM that is not in the repository:
-2 picture, 5 prompts, 7 text model, 8 locations, 9 masks, 11 decoding (docs/architecture.md has them all).
+Section numbers in docstrings ("section 8") are those of a specification of PixelLLM; in `glamm`, and where GLaMM is
+named, of one of GLaMM. Neither is in the repository; docs/architecture.md tells what their sections are about.
 """
 
 from __future__ import annotations
@@ -52,12 +59,24 @@ if TYPE_CHECKING:
         TaskError,
         TextTooLongError,
     )
+    from deixis.glamm.conversations import Chat
     from deixis.image import load_image
     from deixis.model import Info, Model, load
     from deixis.options import DecodeOptions
-    from deixis.prompts import Prompt
-    from deixis.results import Caption, DenseCaption, Grounding, Mask, Segment, Trace, Word
+    from deixis.prompts import Prompt, Question
+    from deixis.results import (
+        Caption,
+        DenseCaption,
+        GroundedPhrase,
+        GroundedText,
+        Grounding,
+        Mask,
+        Segment,
+        Trace,
+        Word,
+    )
     from deixis.scene import Scene
+    from deixis.streams import ResultStream
 
 _HOME = {
     "bundle": ("Bundle", "Manifest", "open_bundle"),
@@ -75,12 +94,24 @@ _HOME = {
         "TaskError",
         "TextTooLongError",
     ),
+    "glamm.conversations": ("Chat",),
     "image": ("load_image",),
     "model": ("Info", "Model", "load"),
     "options": ("DecodeOptions",),
-    "prompts": ("Prompt",),
-    "results": ("Caption", "DenseCaption", "Grounding", "Mask", "Segment", "Trace", "Word"),
+    "prompts": ("Prompt", "Question"),
+    "results": (
+        "Caption",
+        "DenseCaption",
+        "GroundedPhrase",
+        "GroundedText",
+        "Grounding",
+        "Mask",
+        "Segment",
+        "Trace",
+        "Word",
+    ),
     "scene": ("Scene",),
+    "streams": ("ResultStream",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -90,6 +121,7 @@ __all__ = [  # in the order of use
     "Info",
     "Scene",
     "Prompt",
+    "Question",
     "DecodeOptions",
     "Caption",
     "CaptionStream",
@@ -98,6 +130,10 @@ __all__ = [  # in the order of use
     "Trace",
     "Grounding",
     "Segment",
+    "GroundedText",
+    "GroundedPhrase",
+    "ResultStream",
+    "Chat",
     "Mask",
     "load_image",
     "Bundle",
