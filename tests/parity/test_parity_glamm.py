@@ -141,6 +141,25 @@ def test_what_is_missing_is_named(small: Path) -> None:
     assert not report.failed and statuses(report, "preprocess.npz")["ok"] == 6
 
 
+def test_files_without_what_they_are_about(small: Path) -> None:
+    """Pictures and entries of JSON files that are not there are absent, wherever they are needed."""
+    for name in ("splice_and_llm.npz", "res_teacher_forced.npz", "train_forward.npz", "e2e_generate.npz"):
+        shutil.copyfile(GOLDEN / name, small / name)
+    edit(small / "preprocess.npz", lambda arrays: [arrays.pop(n) for n in list(arrays) if "1_" in n])
+    (small / "text.json").write_text('{"special_ids": {}}')
+    (small / "gcg_eval.json").write_text('{"mask_gt": {}}')
+    (small / "train_grad_norms.json").write_text("{")
+    edit(small / "e2e_generate.npz", lambda arrays: [arrays.pop(n) for n in list(arrays) if n.startswith("no")])
+    report = compare(small, emit=silent)
+    assert [(line.file, line.note[:11]) for line in report.failed] == [("train_grad_norms.json", "(unreadable")]
+    absent = {(line.file, line.name): line.note for line in report.lines if line.status == "absent"}
+    assert absent["splice_and_llm.npz", "B_len"] == "(preprocess.npz has 1 pictures, not 2)"
+    assert absent["e2e_generate.npz", "region_output_ids"] == "(preprocess.npz has no picture of 108x125 px)"
+    assert "has 1 pictures" in absent["train_forward.npz", "loss_loss"]
+    assert absent["gcg_eval.json", "*"] == "(gcg_eval.json has no mask_pred)"
+    assert absent["text.json", "*"] == "(no file tokenizer.model)"
+
+
 def test_changed_answers_fail(small: Path) -> None:
     """One id, one logit next to nothing and one far from it."""
     shutil.copyfile(GOLDEN / "e2e_generate.npz", small / "e2e_generate.npz")

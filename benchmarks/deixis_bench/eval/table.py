@@ -35,7 +35,8 @@ GOALS = {
     "region right": Goal(0.90),
     "mAP": Goal(0.35),
 }
-PERCENT = ("IoU", "P@0.5", "recall", "precision", "right")  # metrics whose names end so are shares
+# Metrics whose names end so are shares; what stands behind a colon or in brackets says of which part.
+PERCENT = ("IoU", "P@0.5", "AP50", "recall", "precision", "right")
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _cell(name: str, value: float | None, goal: Goal | None) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name.endswith(PERCENT) else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if name.split(":")[0].split(" (")[0].endswith(PERCENT) else f"{value:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """`python -m deixis_export.parity DIR [--through torch|onnx]`: compare a directory of golden vectors with our models.
 
 Prints one line per compared array (file, array, largest relative error, tolerance, ok or FAIL), then a count. Exit code
-0 if nothing failed, 1 if an array failed or the parameters do not fill the model, 2 for bad use.
+0 if nothing failed, 1 if an array failed, the parameters do not fill the model or it cannot be exported, 2 for bad use.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deixis.errors import ExportError
 from deixis_export.parity.base_context import BadDirectory, BaseContext
 from deixis_export.parity.families import Case, Family, family_of
 from deixis_export.parity.registry import matching
-from deixis_export.parity.report import Line, Report
+from deixis_export.parity.report import Absent, Line, Report
 from deixis_train.loaders.report import CheckpointError
 
 
@@ -56,7 +57,10 @@ def _compare_file(context: BaseContext[Any, Any], name: str, case: Case, report:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         report.add(Line(name, "*", "FAIL", float("nan"), note=f"(unreadable: {error})"))
         return
-    case(context, file, report)
+    try:
+        case(context, file, report)
+    except Absent as reason:  # of something that several arrays are compared with
+        report.add(Line(name, "*", "absent", note=f"({reason})"))
     for array in file.unused():
         report.add(Line(name, array, "not compared"))
 
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadDirectory as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    except CheckpointError as error:
+    except (CheckpointError, ExportError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 1
     print(report.summary(options.through))

@@ -83,7 +83,9 @@ def iou_matrix(truth: Sequence[Rle], predicted: Sequence[Rle]) -> Floats:
     """IoU of every true mask with every predicted one, [T, P]."""
     if not truth or not predicted:
         return np.zeros((len(truth), len(predicted)))
-    return np.asarray(coco_mask.iou(list(predicted), list(truth), [0] * len(truth)), np.float64).T
+    found: Any = list(predicted)  # pycocotools' types know less than its functions
+    wanted: Any = list(truth)
+    return np.asarray(coco_mask.iou(found, wanted, [0] * len(truth)), np.float64).T
 
 
 def greedy_iou(ious: ArrayLike) -> float:
@@ -136,7 +138,7 @@ def coco_stats(
         for mask in wanted:
             annotations.append(_annotation(len(annotations) + 1, name, mask))
         results += [{"image_id": name, "category_id": CATEGORY, "segmentation": mask, "score": 1.0} for mask in found]
-    ground_truth = COCO()
+    ground_truth: Any = COCO()
     ground_truth.dataset = {
         "info": {},
         "images": [_image(name, [*wanted, *found]) for name, wanted, found in zip(ids, truth, predicted, strict=True)],
@@ -160,7 +162,7 @@ def _image(name: str, masks: Sequence[Rle]) -> dict[str, object]:
     return {"id": name, "height": height, "width": width}
 
 
-def _annotation(number: int, image: str, mask: Rle) -> dict[str, object]:
+def _annotation(number: int, image: str, mask: Any) -> dict[str, object]:
     return {
         "id": number,
         "image_id": image,

@@ -30,7 +30,7 @@ class _Seen:
     def __init__(self, features: Tensor, levels: list[Tensor]) -> None:
         self.features, self.levels = features, levels
         self.sam: Tensor | None = None
-        self.valid = (0, 0)
+        self.valid: tuple[int, int] = (0, 0)
 
 
 class TorchGlammPredictor:

@@ -70,7 +70,7 @@ def _spliced(context: GlammContext, file: GoldenFile, report: Report, prompt: st
     @lru_cache(maxsize=1)
     def visual() -> tuple[Floats, Floats | None]:
         """Features of the picture and vectors of the boxes."""
-        image = context.picture(context.pictures[number]).global_image
+        image = context.nth(number).global_image
         features, levels = context.backend.encode_global(image[None])
         if f"{prompt}_boxes" not in file:
             return features[0], None
@@ -105,7 +105,7 @@ def _generated(context: GlammContext, file: GoldenFile, report: Report, case: st
     @lru_cache(maxsize=1)
     def picture() -> Prepared:
         # Cases with boxes are about the second picture.
-        return context.picture_of(size_of(file[f"{case}_orig_hw"]), context.pictures[1 if with_boxes else 0])
+        return context.picture_of(size_of(file[f"{case}_orig_hw"]), 1 if with_boxes else 0)
 
     @lru_cache(maxsize=1)
     def answer() -> Answer:
@@ -162,7 +162,7 @@ def teacher_forced(context: GlammContext, file: GoldenFile, report: Report) -> N
 
     @lru_cache(maxsize=1)
     def answers() -> list[Answer]:
-        picture = context.picture_of(file["pred_masks"].shape[1:], context.pictures[1])
+        picture = context.picture_of(file["pred_masks"].shape[1:], 1)
         return [context.backend.teacher_forced([int(i) for i in row], picture) for row in file["input_ids"]]
 
     def logits() -> Floats:
@@ -174,7 +174,7 @@ def teacher_forced(context: GlammContext, file: GoldenFile, report: Report) -> N
     whole = context.in_torch(lambda m: postprocess(as_floats(logits()), *sizes()))
     report.check(file, "pred_masks", whole, CHAIN_TOLERANCE)
     check_masks(report, file, "pred_masks", lambda: context.backend.masks(logits(), *sizes()))
-    report.check(file, "resize", lambda: np.array(context.picture_of(sizes()[1], context.pictures[1]).valid), EXACT)
+    report.check(file, "resize", lambda: np.array(context.picture_of(sizes()[1], 1).valid), EXACT)
 
 
 CASES: dict[str, Case] = {

@@ -40,7 +40,7 @@ def train_forward(context: GlammContext, file: GoldenFile, report: Report) -> No
         elif match := re.fullmatch(r"pred_counts(\d+)", name):
             report.check(file, name, lambda p=int(match[1]): np.array(outcome().masks[p].shape), EXACT)
         elif match := re.fullmatch(r"resize(\d+)", name):
-            valid = lambda p=int(match[1]): np.array(context.picture(context.pictures[p]).valid)  # noqa: E731
+            valid = lambda p=int(match[1]): np.array(context.nth(p).valid)  # noqa: E731
             report.check(file, name, context.torch_only(valid), EXACT)
 
 
@@ -80,7 +80,7 @@ def grounded_batch(context: GlammContext, file: GoldenFile) -> GlammBatch:
     """The batch of a file with masks: picture i owns the conversations from offset[i] on."""
     owners = np.repeat(np.arange(len(file["offset"]) - 1), np.diff(file["offset"]))
     batch = _batch(context, file, [int(i) for i in owners], None)
-    pictures = [context.picture(number) for number in context.pictures[: int(owners.max()) + 1]]
+    pictures = [context.nth(number) for number in range(int(owners.max()) + 1)]
     batch.grounding_images = as_floats(np.stack([picture.image for picture in pictures]))
     batch.valid_hw = as_floats(np.array([picture.valid for picture in pictures]))
     batch.masks = [as_floats(file[f"gt_masks{number}"]) for number in range(len(pictures))]
@@ -97,9 +97,7 @@ def _batch(
         for name in ("input_ids", "labels")
     )
     count = max(owners) + 1
-    images = [context.picture(number).global_image for number in context.pictures[:count]]
-    if len(images) < count:
-        raise Absent(f"{len(images)} pictures of {count}")
+    images = [context.nth(number).global_image for number in range(count)]
     counts = [len(own) for own in boxes] if boxes is not None else [0] * len(ids)
     rows = expand_rows(ids, labels, owners, counts, context.model.config, count)
     places = [owner for owner, number in zip(owners, counts, strict=True) for _ in range(number)]

@@ -126,6 +126,12 @@ class GlammContext(BaseContext[GlammBackend, Glamm]):
         names = (re.fullmatch(r"image(\d+)_uint8", name) for name in self.open(PICTURES))
         return sorted(int(match[1]) for match in names if match)
 
+    def nth(self, index: int) -> Prepared:
+        """The picture at that place among all."""
+        if index >= len(self.pictures):
+            raise Absent(f"{PICTURES} has {len(self.pictures)} pictures, not {index + 1}")
+        return self.picture(self.pictures[index])
+
     def picture(self, number: int) -> Prepared:
         """A picture, prepared by the runtime."""
         if number not in self._prepared:
@@ -136,11 +142,11 @@ class GlammContext(BaseContext[GlammBackend, Glamm]):
         return self._prepared[number]
 
     def picture_of(self, original: Size, otherwise: int) -> Prepared:
-        """The picture of that (height, width), or the one that files say is meant, where several have it."""
+        """The picture of that (height, width); where several have it, the one at the place `otherwise`."""
         found = [n for n in self.pictures if self.picture(n).original.shape[:2] == original]
         if not found:
             raise Absent(f"{PICTURES} has no picture of {original[0]}x{original[1]} px")
-        return self.picture(found[0] if len(found) == 1 else otherwise)
+        return self.picture(found[0]) if len(found) == 1 else self.nth(otherwise)
 
     def global_images(self) -> Floats:
         """All pictures as CLIP takes them, from the file's own resized ones: [B, s, s, 3] 0..255."""
