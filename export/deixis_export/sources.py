@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deixis.errors import ExportError
 from deixis_export.shells import blank
 from deixis_export.weights import stored_low
+from deixis_train.loaders.glamm_names import glamm_names
+from deixis_train.models.glamm.glamm import Glamm
 
 # The value of a parameter or persistent buffer, float32, by its name in the model's state.
 WeightSource = Callable[[str], Tensor]
@@ -21,6 +24,37 @@ def from_module(model: nn.Module) -> WeightSource:
     """The weights of a model that is in memory."""
     state = model.state_dict()
     return lambda name: state[name].detach().float()
+
+
+def published(shell: Glamm, tensors: Mapping[str, Tensor], clip: Mapping[str, Tensor] | None = None) -> WeightSource:
+    """The weights of a published checkpoint, read from its files when they are asked for.
+
+    Args:
+        shell: a shell of the checkpoint's sizes.
+        tensors: by published name, LoRA merged (`loaders.glamm.merged` of `loaders.files.read_tensors`).
+        clip: OpenAI's CLIP by Hugging Face's names, for checkpoints that leave it out.
+
+    Raises:
+        ExportError: a tensor is missing. When one is asked for: it has another shape than the model's.
+    """
+    shapes = {name: tuple(value.shape) for name, value in shell.state_dict().items()}
+    files = dict.fromkeys(shapes, tensors)
+    names = glamm_names(shell)
+    if clip is not None:
+        own = [name for name in shapes if name.startswith("clip.")]
+        names |= {name: f"vision_model.{name.removeprefix('clip.')}" for name in own}
+        files |= dict.fromkeys(own, clip)
+    missing = [theirs for ours, theirs in names.items() if theirs not in files[ours]]
+    if missing:
+        raise ExportError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} other weights of {len(names)}")
+
+    def fetch(name: str) -> Tensor:
+        value = files[name][names[name]]
+        if tuple(value.shape) != shapes[name]:
+            raise ExportError(f"{names[name]} is {tuple(value.shape)} in the checkpoint, {shapes[name]} in the model")
+        return value.float()
+
+    return fetch
 
 
 def random_weights(shell: nn.Module, seed: int) -> WeightSource:

@@ -24,9 +24,10 @@ from deixis_export.graph_spec import run_torch
 from deixis_export.presets_glamm import random_glamm, random_glamm_tokenizer
 from deixis_export.session import GraphSession, relative_error
 from deixis_export.shells import is_blank, shell
-from deixis_export.sources import WeightSource, from_module, lent, random_weights
+from deixis_export.sources import WeightSource, from_module, lent, published, random_weights
 from deixis_export.streamed import StreamOptions, export_streamed, is_large
 from deixis_export.weights import round_to_fp16
+from deixis_train.loaders.glamm_names import glamm_names
 from deixis_train.models.glamm.config import GLAMM_PRESETS
 from deixis_train.models.glamm.glamm import Glamm
 
@@ -121,7 +122,7 @@ def test_a_value_beyond_fp16_is_refused_by_name(tiny: Glamm, tmp_path: Path) -> 
     def spoilt(name: str) -> torch.Tensor:
         return source(name) * 1e8 if name == "llama.layers.1.mlp.up_proj.weight" else source(name)
 
-    with pytest.raises(ExportError, match=r"llama.layers.1.mlp.up_proj.weight .* fp16"):
+    with pytest.raises(ExportError, match=r"llama\.layers\.1\.mlp\.up_proj\.weight .* fp16"):
         export_tiny(tmp_path / "bundle", spoilt, "fp16")
     assert not any(tmp_path.iterdir())
 
@@ -147,6 +148,21 @@ def test_random_weights_depend_on_name_and_seed_alone() -> None:
     assert torch.equal(first(name), second(name))
     assert not torch.equal(first(name), random_weights(model, 4)(name))
     assert not torch.equal(first(name), first("llama.layers.1.self_attn.q_proj.weight"))
+
+
+def test_published_weights_are_read_by_their_names(tiny: Glamm) -> None:
+    state, model = tiny.state_dict(), shell(lambda: Glamm(TINY))
+    files = {theirs: state[ours] for ours, theirs in glamm_names(tiny).items()}
+    clip = {f"vision_model.{n.removeprefix('clip.')}": v + 1 for n, v in state.items() if n.startswith("clip.")}
+    weights = published(model, files)
+    assert all(torch.equal(weights(name), value) for name, value in state.items())
+    name = "clip.pre_layrnorm.weight"
+    assert torch.equal(published(model, files, clip)(name), state[name] + 1)
+    with pytest.raises(ExportError, match=r"lm_head\.weight is \(3,\)"):
+        published(model, files | {"lm_head.weight": torch.zeros(3)})("llama.lm_head.weight")
+    del files["model.norm.weight"]
+    with pytest.raises(ExportError, match=r"lacks model\.norm\.weight"):
+        published(model, files)
 
 
 def test_lent_weights_are_there_only_while_a_module_runs(tiny: Glamm) -> None:
