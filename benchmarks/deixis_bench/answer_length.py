@@ -211,7 +211,7 @@ def measure(asked: Asked, tokens: Sequence[int], rounds: int, points: int | None
     session.step(np.array(answer[-1:]))
     asked.masks(state)
     found = [answer_once(asked, most, measured) for _ in range(rounds)]
-    curve = [figures(found, n + 1) for n in spread_points(most, CURVE)]
+    curve = [figures(found, int(n)) for n in np.unique(np.geomspace(1, most, CURVE).round())]
     difference = max(one.difference for one in found)
     return {
         "lengths": [figures(found, n) for n in tokens],
