@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import deixis
-from deixis.cli import arguments, main, talk, tasks
+from deixis.cli import arguments, demo, main, talk, tasks
 from deixis.overlay import draw_grounded, save_image
 from deixis.results import GroundedPhrase, GroundedText, Mask
 
@@ -223,3 +223,15 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for line in lines.splitlines():
         arguments.parser().parse_args(shlex.split(line)[1:])
     assert (tmp_path / "grounded.png").is_file()
+
+
+@pytest.mark.usefixtures("says")
+def test_the_demo_asks_what_the_model_can(
+    capsys: Captured, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "load", tasks.load)
+    asked = {"file": "p.png", "trace": "a mug", "refer": ["it"], "boxes": [[1, 2, 30, 31]], "points": [[3, 4]]}
+    (tmp_path / "prompts.json").write_text(json.dumps([asked]))
+    run(capsys, "demo", "--bundle", TINY, "--pictures", tmp_path, "--out", tmp_path / "out")
+    made = [record["task"] for record in json.loads((tmp_path / "out" / "results.json").read_text())["pictures"]]
+    assert made == ["caption", "grounded caption", "phrases of a text", "refer", "caption of a region"]

@@ -221,7 +221,7 @@ def test_boxes_are_what_is_spliced_in(model: Model) -> None:
         ("What", [(1, 2, float("nan"), 4)], "a box must be four numbers"),
         ("What", [(1, 2, 3)], "boxes must be a list"),
         ("What", "box", "boxes must be a list"),
-        ("What", [(1, 2, 9, 9)] * 5, "at most 4"),
+        ("What", [(1, 2, 9, 9)] * 37, "at most 36"),
         ("What " + "it " * 60, None, "the question has"),
     ],
 )

@@ -156,17 +156,23 @@ def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scen
     def draw_caption(results: Sequence[Any]) -> Picture:
         return overlay.draw_caption(image, results[0])
 
-    if asked.caption:
+    def draw_grounded(results: Sequence[Any]) -> Picture:
+        return overlay.draw_grounded(image, results[0])
+
+    if asked.caption and "caption" in tasks:
         album.add(f"{stem}-caption", "caption", path, lambda: [scene.caption()], draw_caption)
+    if asked.caption and "grounded_caption" in tasks:
+        album.add(f"{stem}-grounded", "grounded caption", path, partial(_one, scene.grounded_caption), draw_grounded)
     if asked.caption and "dense_captions" in tasks:
         draw_all = partial(overlay.draw_dense_captions, image)
         album.add(f"{stem}-dense", "dense captions", path, lambda: list(scene.dense_captions(min_score=0.3)), draw_all)
-    if asked.trace:
-        text = asked.trace
-        album.add(
-            f"{stem}-trace", "trace", path, lambda: [scene.trace(text)], lambda r: overlay.draw_trace(image, r[0])
-        )
-    if asked.refer:
+    if asked.trace and "trace" in tasks:
+        ask = partial(scene.trace, asked.trace)
+        album.add(f"{stem}-trace", "trace", path, partial(_one, ask), lambda r: overlay.draw_trace(image, r[0]))
+    if asked.trace and "ground_phrases" in tasks:
+        ask = partial(scene.ground_phrases, asked.trace)
+        album.add(f"{stem}-phrases", "phrases of a text", path, partial(_one, ask), draw_grounded)
+    if asked.refer and "refer" in tasks:
         album.add(
             f"{stem}-refer",
             "refer",
@@ -176,11 +182,12 @@ def _ask_everything(album: Album, asked: Suggestion, image: Picture, scene: Scen
         )
     for i, box in enumerate(asked.boxes, 1):
         region, cut = partial(scene.caption, box=box), partial(scene.segment, box=box)
-        if asked.caption:
+        if asked.caption and "region_caption" in tasks:
             album.add(f"{stem}-region-{i}", "caption of a region", path, partial(_one, region), draw_caption)
-        draw = partial(overlay.draw_segments, image, box=box)
-        album.add(f"{stem}-box-{i}", "segment by box", path, partial(_one, cut), draw)
-    for i, point in enumerate(asked.points, 1):
+        if "segment" in tasks:
+            draw = partial(overlay.draw_segments, image, box=box)
+            album.add(f"{stem}-box-{i}", "segment by box", path, partial(_one, cut), draw)
+    for i, point in enumerate(asked.points if "segment" in tasks else (), 1):
         prompt = {"points": [point[:2]], "labels": [int(point[2]) if len(point) > 2 else 1]}
         cut, draw = partial(scene.segment, **prompt), partial(overlay.draw_segments, image, **prompt)
         album.add(f"{stem}-point-{i}", "segment by point", path, partial(_one, cut), draw)

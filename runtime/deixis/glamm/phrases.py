@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from deixis.conversation import MASK, PHRASE_END, PHRASE_START, PhraseSpan, tag_phrases
 from deixis.decoding import log_softmax
-from deixis.errors import PromptError
+from deixis.errors import EngineError, PromptError
 from deixis.glamm.answers import phrase_of, show
 from deixis.glamm.pipeline import GlammFeatures, GlammPipeline
 from deixis.glamm.questions import check_text, expanded, first_text, ids_of, room
@@ -139,6 +139,10 @@ class Transcript:
             same += 1
         self._session.rewind(expanded(ids[:same], self._spec))
         logits, _ = self._session.feed(np.array([ids[same:]], np.int64))
+        if not np.isfinite(logits).all():
+            raise EngineError(
+                "the decoder gave logits that are not finite; verify the bundle, or use a higher precision"
+            )
         self._ids = list(ids)
         return log_softmax(np.array(logits, np.float32))[0]
 

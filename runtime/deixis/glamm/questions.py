@@ -67,7 +67,7 @@ def check_question(pipeline: GlammPipeline, geometry: Geometry, question: Questi
         )
     if given:
         pipeline.require("region_caption")
-        most = pipeline.range("K")[1]
+        most = pipeline.range("V")[1] - pipeline.conversation.image_tokens
         if len(given) > most:
             raise PromptError(f"{len(given)} boxes are too many; this bundle takes at most {most}")
     return Asked(text, given)

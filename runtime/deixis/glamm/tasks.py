@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -23,10 +24,12 @@ class GlammTasks(Tasks[GlammPipeline, GlammFeatures]):
     def __init__(self, pipeline: GlammPipeline) -> None:
         super().__init__(pipeline)
         self._chats: weakref.WeakSet[Chat] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        for chat in list(self._chats):
-            chat.close()
+        with self._lock:
+            for chat in list(self._chats):
+                chat.close()
 
     def warmup(self, features: GlammFeatures) -> None:
         self.pipeline.warmup(features)
@@ -57,7 +60,8 @@ class GlammTasks(Tasks[GlammPipeline, GlammFeatures]):
 
     def chat(self, scene: GlammFeatures) -> Chat:
         chat = Chat(self.pipeline, scene)
-        self._chats.add(chat)
+        with self._lock:
+            self._chats.add(chat)
         return chat
 
     def ground_phrases(
