@@ -67,8 +67,11 @@ class StageObjective(Protocol):
 class Begun(Protocol):
     """A run that has its model and tokenizer. helpers: modules that learn along and are left out of checkpoints."""
 
-    model: nn.Module
-    helpers: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def helpers(self) -> nn.Module: ...
 
     def feeds(self, stage: StageSpec, specs: Sequence[SourceSpec], seed: int, *, writer: bool) -> Sequence[Feed]:
         """Feeds of a stage, or of its held-out sources. writer: this process computes features that are missing."""
@@ -76,8 +79,8 @@ class Begun(Protocol):
 
     def objective(self, stage: StageSpec) -> StageObjective: ...
 
-    def prepare(self, stage: StageSpec, feeds: Sequence[Feed]) -> None:
-        """Called before a stage is trained."""
+    def prepare(self, stage: StageSpec, feeds: Sequence[Any]) -> None:
+        """Called before a stage is trained on its own `feeds`."""
         ...
 
     def finished(self, stage: StageSpec) -> None:
