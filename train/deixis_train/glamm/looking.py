@@ -114,7 +114,8 @@ def watched(llama: Llama, look: Look) -> Iterator[list[Tensor]]:
         return type(attention).forward(attention, x, allowed, cosine, sine)
 
     # `forward` is a method of the class: an attribute of the instance goes before it, and is taken away again.
-    later = [layer.get_submodule("self_attn") for layer in llama.layers][len(llama.layers) // 3 :]
+    every = [module for module in llama.modules() if isinstance(module, LlamaAttention)]
+    later = every[len(every) // 3 :]
     for attention in later:
         vars(attention)["forward"] = partial(attend, attention)
     try:
