@@ -159,6 +159,7 @@ def test_prompts_and_mask_decoder() -> None:
     points = torch.cat([golden["points"], golden["boxes"].unflatten(1, (2, 2))], dim=1)
     labels = torch.cat([golden["point_labels"], torch.tensor([[2, 3]]).expand(2, -1)], dim=1)
     assert_close(torch.cat([encoder(points, labels), text[:2]], dim=1), golden["sparse_all"])
+    assert_close(encoder.embed_masks(golden["mask_in"][:, 0]).permute(0, 3, 1, 2), golden["dense_all"])
 
     masks, iou = model.mask_decoder(golden["sparse"], sam.expand(3, -1, -1, -1), pe, encoder.no_mask())
     assert_close(masks[:, :1], golden["low_res"])
@@ -496,6 +497,17 @@ def test_every_name_of_the_golden_file_is_placed_and_clip_may_come_from_elsewher
     assert report.complete and not report.unexpected
     for name, parameter in golden_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], parameter), name
+
+
+def test_without_the_part_for_masks_its_names_are_left_out() -> None:
+    config = dataclasses.replace(golden_model().config, mask_prompt_channels=0)
+    model = Glamm(config)
+    report = load_glamm_state(model, arrays("state_dict"))
+    assert report.complete and not report.unexpected
+    assert sum(".mask_downscaling." in name for name in report.ignored) == 10
+    assert not any("mask_downscaling" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="takes no masks"):
+        model.prompt_encoder.embed_masks(torch.zeros(1, 32, 32))
 
 
 def test_a_tied_head_is_the_embedding_table() -> None:

@@ -5,6 +5,9 @@ Below the prefixes of the table, both sides have the same names.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -29,9 +32,10 @@ PREFIXES = {
     "prompt_encoder.": "model.grounding_encoder.prompt_encoder.",
     "mask_decoder.": "model.grounding_encoder.mask_decoder.",
 }
-# Tables that follow from sizes, a counter of training, and mask prompts, which GLaMM never gives.
+MASK_PROMPTS = PREFIXES["prompt_encoder."] + "mask_downscaling."
+# Tables that follow from sizes, a counter of training, and mask prompts where the model takes none.
 IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".position_ids", ".num_batches_tracked")
-IGNORED_PREFIXES = ("model.grounding_encoder.prompt_encoder.mask_downscaling.",)
+IGNORED_PREFIXES = (MASK_PROMPTS,)
 
 
 def glamm_names(model: Glamm) -> dict[str, str]:
@@ -81,8 +85,56 @@ def _unused(tensors: Iterable[str], clip_prefix: str, clip: ClipVision) -> Itera
     return (name for name in tensors if name.startswith(unused) or name.endswith(IGNORED_ENDINGS))
 
 
-def config_from_golden(manifest: Mapping[str, Any]) -> GlammConfig:
-    """The sizes of a golden directory, from its `manifest.json`."""
+def mask_prompt_channels(tensors: Mapping[str, Tensor]) -> int:
+    """Width inside the part that takes masks as prompts, of tensors under the published names; 0 without that part."""
+    weight = tensors.get(f"{MASK_PROMPTS}3.weight")
+    return 0 if weight is None else len(weight)
+
+
+def config_from_golden(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> GlammConfig:
+    """The sizes of a golden directory.
+
+    Args:
+        manifest: content of its `manifest.json`.
+        tensors: its parameters by published name. What the manifest does not speak of is read off them: which parts
+            there are, the heads that share keys and values, tied embeddings, the region encoder's levels, rounds and
+            crop. None: these are as in the published model.
+
+    Raises:
+        KeyError, TypeError, ValueError: a size is absent or no number.
+    """
+    config = _config_from_manifest(manifest)
+    return config if tensors is None else _as_parameters_say(config, tensors)
+
+
+def _as_parameters_say(config: GlammConfig, tensors: Mapping[str, Tensor]) -> GlammConfig:
+    llama, region, encoder = config.llama, config.region, PREFIXES["region_encoder."]
+    key = tensors.get("model.layers.0.self_attn.k_proj.weight")
+    kv_heads = llama.kv_heads if key is None else len(key) // llama.head_dim
+    if not any(name.startswith(encoder) for name in tensors):
+        region = None
+    if region is not None:
+        flat = tensors.get(f"{encoder}roi_align.flatten_linear.weight")
+        region = dataclasses.replace(
+            region,
+            levels=_length(tensors, f"{encoder}mlvl_fuse.input_conv"),
+            rounds=_length(tensors, f"{encoder}mlvl_fuse.fuse_convs"),
+            crop=region.crop if flat is None else math.isqrt(flat.shape[1] // config.clip.embed_dim),
+        )
+    return dataclasses.replace(
+        config,
+        llama=dataclasses.replace(llama, kv_heads=kv_heads, tied="lm_head.weight" not in tensors),
+        region=region,
+        mask_prompt_channels=mask_prompt_channels(tensors),
+    )
+
+
+def _length(tensors: Iterable[str], prefix: str) -> int:
+    """How many modules a list of them holds."""
+    return len({match[1] for name in tensors if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
+
+
+def _config_from_manifest(manifest: Mapping[str, Any]) -> GlammConfig:
     sizes = manifest["config"]
     llm, clip, sam, region, ids = (sizes[key] for key in ("llm", "clip", "sam", "reg", "ids"))
     heads = llm["num_attention_heads"]
@@ -121,6 +173,7 @@ def config_from_golden(manifest: Mapping[str, Any]) -> GlammConfig:
             window_block_indexes=tuple(i for i in range(sam["depth"]) if i not in sam["glob"]),
         ),
         prompt_embed_dim=sam["prompt"],
+        mask_prompt_channels=sam.get("mask_in", 0),
         mask_decoder=MaskDecoderConfig(
             transformer_depth=sam["dec_depth"],
             mlp_dim=sam["dec_mlp"],

@@ -1,4 +1,7 @@
-"""SAM's prompt encoder and the way PixelLLM forms prompts from boxes (section 5). Parameter names are SAM's own."""
+"""SAM's prompt encoder and the way PixelLLM forms prompts from boxes (section 5). Parameter names are SAM's own.
+
+Masks as prompts: GLaMM specification, section 6.4. Neither model gives any by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from deixis_train.models.layers import LayerNorm2d
 
 # Labels of prompt points. 0 to 3 are SAM's; the two negative ones replace the whole code of the point.
 NO_MASK, NOT_A_POINT, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -2, -1, 0, 1, 2, 3
@@ -27,15 +32,31 @@ class FourierCode(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Turns labelled points into prompt tokens. Coordinates are pixels of the square, padded network input."""
+    """Turns labelled points into prompt tokens. Coordinates are pixels of the square, padded network input.
 
-    def __init__(self, dim: int, image_size: int) -> None:
+    mask_channels: width inside the part that takes masks as prompts, 16 in SAM; 0 leaves that part out.
+    """
+
+    mask_downscaling: nn.Sequential | None
+
+    def __init__(self, dim: int, image_size: int, mask_channels: int = 0) -> None:
         super().__init__()
         self.image_size = image_size
         self.pe_layer = FourierCode(dim)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
         self.no_mask_embed = nn.Embedding(1, dim)
+        self.mask_downscaling = None
+        if mask_channels:
+            self.mask_downscaling = nn.Sequential(
+                nn.Conv2d(1, mask_channels // 4, 2, stride=2),
+                LayerNorm2d(mask_channels // 4, eps=1e-6),
+                nn.GELU(),
+                nn.Conv2d(mask_channels // 4, mask_channels, 2, stride=2),
+                LayerNorm2d(mask_channels, eps=1e-6),
+                nn.GELU(),
+                nn.Conv2d(mask_channels, dim, 1),
+            )
 
     def forward(self, points: Tensor, labels: Tensor) -> Tensor:
         """Encode prompts (section 5).
@@ -64,6 +85,19 @@ class PromptEncoder(nn.Module):
     def no_mask(self) -> Tensor:
         """The dense prompt that stands for "no mask given": [1, D], for every place of the grid."""
         return self.no_mask_embed.weight
+
+    def embed_masks(self, masks: Tensor) -> Tensor:
+        """The dense prompts of given masks, in place of `no_mask`.
+
+        Args:
+            masks: logits [R, 4h, 4w] over the padded network input, of the size that the mask decoder gives.
+
+        Returns:
+            [R, h, w, D]. Raises ValueError if the encoder has no part for masks.
+        """
+        if self.mask_downscaling is None:
+            raise ValueError("this prompt encoder takes no masks")
+        return self.mask_downscaling(masks[:, None]).permute(0, 2, 3, 1)
 
 
 def _labels(boxes: Tensor, row: list[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deixis.bundle import ImageSpec
 from deixis.geometry import Geometry
@@ -30,8 +28,6 @@ from deixis_train.models.glamm.glamm import Glamm
 MANIFEST = "manifest.json"
 PARAMS = "state_dict.npz"
 PICTURES = "preprocess.npz"  # the pictures of all files
-
-_FUSE = "model.region_encoder.mlvl_fuse."
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -61,39 +57,11 @@ def load_model(directory: Path, manifest: Mapping[str, Any]) -> Glamm | None:
         raise CheckpointError(f"{path}: unreadable: {error}") from None
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     try:
-        model = Glamm(sizes_of(manifest, tensors))
+        model = Glamm(config_from_golden(manifest, tensors))
     except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     load_glamm_state(model, tensors).raise_if_incomplete(path)
     return model.eval()
-
-
-def sizes_of(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlammConfig:
-    """The sizes that the manifest gives; what it does not speak of is read off the parameters.
-
-    Those are the heads that share keys and values, tied embeddings, and the region encoder's levels, rounds and crop.
-    """
-    config = config_from_golden(manifest)
-    llama, region = config.llama, config.region
-    rows = {name: len(tensor) for name, tensor in tensors.items() if tensor.ndim}
-    key = rows.get("model.layers.0.self_attn.k_proj.weight", llama.kv_heads * llama.head_dim)
-    llama = dataclasses.replace(llama, kv_heads=key // llama.head_dim, tied="lm_head.weight" not in tensors)
-    if not any(name.startswith(_FUSE) for name in tensors):
-        region = None
-    if region is not None:
-        flat = tensors.get("model.region_encoder.roi_align.flatten_linear.weight")
-        region = dataclasses.replace(
-            region,
-            levels=_count(tensors, _FUSE + "input_conv"),
-            rounds=_count(tensors, _FUSE + "fuse_convs"),
-            crop=region.crop if flat is None else math.isqrt(flat.shape[1] // config.clip.embed_dim),
-        )
-    return dataclasses.replace(config, llama=llama, region=region)
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules a list of them holds."""
-    return len({match[1] for name in tensors if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 
 class GlammContext(BaseContext[GlammBackend, Glamm]):

@@ -113,6 +113,8 @@ class GlammConfig:
     image_size: int = 1024  # side of the grounding encoder's square, padded input
     sam: SamVitConfig | TinyVitConfig = field(default_factory=SamVitConfig)
     prompt_embed_dim: int = 256
+    # Width inside the part that takes masks as prompts, 16 in SAM. GLaMM gives none, so 0: it has no such part.
+    mask_prompt_channels: int = 0
     mask_decoder: MaskDecoderConfig = field(default_factory=MaskDecoderConfig)
     ids: SpecialIds = field(default_factory=SpecialIds)
     max_new_tokens: int = 512

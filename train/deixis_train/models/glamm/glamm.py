@@ -46,7 +46,7 @@ class Glamm(nn.Module):
             self.sam_encoder: SamVit | TinyVit = SamVit(config.sam, config.image_size)
         else:
             self.sam_encoder = TinyVit(config.sam, config.image_size)
-        self.prompt_encoder = PromptEncoder(prompt_dim, config.image_size)
+        self.prompt_encoder = PromptEncoder(prompt_dim, config.image_size, config.mask_prompt_channels)
         self.mask_decoder = MaskDecoder(config.mask_decoder, prompt_dim)
         self.sam_preprocess = Preprocess(
             config.image_size, config.image_size, config.pixel_mean_sam, config.pixel_std_sam
