@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from deixis_export.shells import shell
+from deixis_export.sources import published as published_weights
 from deixis_train.checkpoint import load_checkpoint, save_checkpoint
-from deixis_train.loaders.glamm import load_glamm_folder, merged
+from deixis_train.loaders.files import SafetensorsFiles
+from deixis_train.loaders.glamm import load_glamm_folder, merged, open_glamm_folder
 from deixis_train.loaders.glamm_names import CLIP, config_from_golden, load_glamm_state
 from deixis_train.loaders.llama import GgufFile, gguf_tokenizer_json, llama_config, load_llama_folder, load_llama_gguf
 from deixis_train.loaders.real_weights import real_weight
@@ -108,11 +111,11 @@ def without_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: own for name, own in tensors.items() if "vision_tower" not in name}
 
 
-def expected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def expected(tensors: dict[str, Tensor]) -> Glamm:
     config = dataclasses.replace(BASE, llama=dataclasses.replace(BASE.llama, vocab=ROWS))
     model = Glamm(config)
     load_glamm_state(model, tensors).raise_if_incomplete()
-    return model.state_dict()
+    return model
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
@@ -125,7 +128,11 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 def test_a_published_folder_and_clip(form: str, published: dict[str, Tensor], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "GLaMM", without_clip(published), form)
     loaded = load_glamm_folder(folder, write_clip(tmp_path / "clip", published), BASE)
-    assert_same(loaded.model.state_dict(), expected(published))
+    wanted = expected(published)
+    assert_same(loaded.model.state_dict(), wanted.state_dict())
+    assert_same(dict(loaded.model.named_buffers()), dict(wanted.named_buffers()))  # those that no file holds, too
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in loaded.model.parameters())
     config = loaded.model.config
     assert not loaded.model.training
     assert (config.name, config.llama.rms_eps, config.llama.vocab) == ("GLaMM", 3e-6, ROWS)
@@ -148,7 +155,32 @@ def test_a_training_checkpoint_with_factors_and_clip_inside(published: dict[str,
         if alpha is not None:
             (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": alpha}))
         wanted[f"{Q}.weight"] = published[f"{Q}.weight"].float() + factor * (b @ a)
-        assert_same(load_glamm_folder(folder, None, BASE).model.state_dict(), expected(wanted), 1e-6)
+        assert_same(load_glamm_folder(folder, None, BASE).model.state_dict(), expected(wanted).state_dict(), 1e-6)
+
+
+@pytest.mark.parametrize("clip_inside", [False, True])
+@pytest.mark.parametrize("form", ["safetensors", "bin shards"])
+def test_a_folder_that_stays_on_disk(
+    form: str, clip_inside: bool, published: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening reads what tells a size and no more; then every weight of the model is there by its name."""
+    folder = write_folder(tmp_path / "m", published if clip_inside else without_clip(published), form)
+    clip = None if clip_inside else write_clip(tmp_path / "clip", published)
+    read, get = [], SafetensorsFiles.__getitem__
+    monkeypatch.setattr(SafetensorsFiles, "__getitem__", lambda files, name: read.append(name) or get(files, name))
+    opened = open_glamm_folder(folder, clip, BASE)
+    assert len(read) <= 2
+    wanted = expected(published)
+    assert opened.config == load_glamm_folder(folder, clip, BASE).model.config
+    read.clear()
+    weights = published_weights(shell(lambda: Glamm(opened.config)), opened.tensors, opened.clip)
+    assert not read
+    assert_same({name: weights(name) for name in wanted.state_dict()}, wanted.state_dict())
+
+
+def test_folders_without_the_part_for_masks(published: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors = {name: own for name, own in published.items() if ".mask_downscaling." not in name}
+    assert load_glamm_folder(write_folder(tmp_path / "m", tensors), None, BASE).model.config.mask_prompt_channels == 0
 
 
 def test_without_regions(published: dict[str, Tensor], tmp_path: Path) -> None:

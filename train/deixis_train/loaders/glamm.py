@@ -12,9 +12,10 @@ from torch import Tensor
 
 from deixis.conversation import IMAGE_END, IMAGE_START, MASK, PHRASE_END, PHRASE_START, REGION
 from deixis_train.loaders.files import read_json, read_tensors
-from deixis_train.loaders.glamm_names import CLIP, load_clip_state, load_glamm_state
+from deixis_train.loaders.glamm_names import CLIP, load_clip_state, load_glamm_state, mask_prompt_channels
 from deixis_train.loaders.llama import llama_config
 from deixis_train.loaders.report import CheckpointError
+from deixis_train.loaders.unfilled import unfilled
 from deixis_train.models.glamm.config import GLAMM_PRESETS, ClipConfig, GlammConfig, SpecialIds
 from deixis_train.models.glamm.glamm import Glamm
 
@@ -37,6 +38,20 @@ class PublishedTokenizer:
 
 
 @dataclass(frozen=True)
+class OpenedGlamm:
+    """A published folder with its weights still on disk.
+
+    config: the model's sizes. tensors: the weights by published name, LoRA merged; each is read when it is asked for,
+    in the file's dtype. clip: CLIP's weights by Hugging Face's names, likewise; None where `tensors` hold them.
+    """
+
+    config: GlammConfig
+    tensors: Mapping[str, Tensor]
+    clip: Mapping[str, Tensor] | None
+    tokenizer: PublishedTokenizer
+
+
+@dataclass(frozen=True)
 class PublishedGlamm:
     """A folder's model (float32, evaluation mode) and tokenizer."""
 
@@ -44,8 +59,8 @@ class PublishedGlamm:
     tokenizer: PublishedTokenizer
 
 
-def load_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig | None = None) -> PublishedGlamm:
-    """Read a published folder.
+def open_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig | None = None) -> OpenedGlamm:
+    """Open a published folder without reading its weights, for models that do not fit into memory.
 
     Args:
         folder: `config.json`, weights as safetensors or `pytorch_model*.bin` (sharded with an index, or one file), and
@@ -56,7 +71,8 @@ def load_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig 
             own `config.json`); None: those that the published code fixes.
 
     Raises:
-        CheckpointError: a file is absent, unreadable, or does not fill the model. One line.
+        CheckpointError: a file is absent, unreadable, or says sizes that no model has. One line. Whether the weights
+            fill the model is not looked at.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -64,16 +80,28 @@ def load_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig 
     tensors = merged(read_tensors(folder), _lora_alpha(folder))
     config = _config(base or GLAMM_PRESETS["glamm-7b"], values, folder, tensors, tokenizer.ids, clip)
     try:
-        model = Glamm(config)
+        unfilled(lambda: Glamm(config))
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    has_clip = any(name.startswith(CLIP) for name in tensors)
-    if clip is None and not has_clip:
+    if clip is None and not any(name.startswith(CLIP) for name in tensors):
         raise CheckpointError(f"{folder}: holds no CLIP; give its file or folder (openai/clip-vit-large-patch14-336)")
-    load_glamm_state(model, tensors, () if clip is None else ("clip",)).raise_if_incomplete(folder)
-    if clip is not None:
-        load_clip_state(model.clip, read_tensors(clip)).raise_if_incomplete(clip)
-    return PublishedGlamm(model.eval(), tokenizer)
+    return OpenedGlamm(config, tensors, None if clip is None else read_tensors(clip), tokenizer)
+
+
+def load_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig | None = None) -> PublishedGlamm:
+    """Read a published folder; arguments as those of `open_glamm_folder`.
+
+    Weights are copied one at a time, so the model's own float32 is nearly all the memory this takes.
+
+    Raises:
+        CheckpointError: as `open_glamm_folder`, or the files do not fill the model. One line.
+    """
+    opened = open_glamm_folder(folder, clip, base)
+    model = unfilled(lambda: Glamm(opened.config))
+    load_glamm_state(model, opened.tensors, () if clip is None else ("clip",)).raise_if_incomplete(folder)
+    if opened.clip is not None:
+        load_clip_state(model.clip, opened.clip).raise_if_incomplete(clip)
+    return PublishedGlamm(model.eval(), opened.tokenizer)
 
 
 def read_tokenizer(folder: Path) -> PublishedTokenizer:
@@ -195,6 +223,7 @@ def _config(
         region=region,
         llama=llama_config(values, where, vocab=rows),
         prompt_embed_dim=int(values.get("out_dim", base.prompt_embed_dim)),
+        mask_prompt_channels=mask_prompt_channels(tensors),
         ids=ids,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from deixis_train.loaders.files import read_json, read_tensors
 from deixis_train.loaders.real_weights import default_cache
 from deixis_train.loaders.report import CheckpointError, fill
+from deixis_train.loaders.unfilled import unfilled
 from deixis_train.models.glamm.config import LlamaConfig
 from deixis_train.models.glamm.llama import Llama
 
@@ -70,7 +71,8 @@ def load_llama_folder(folder: Path) -> Llama:
     """
     folder = Path(folder)
     tensors = read_tensors(folder)
-    model = Llama(llama_config(read_json(folder / "config.json"), folder / "config.json")).eval()
+    config = llama_config(read_json(folder / "config.json"), folder / "config.json")
+    model = unfilled(lambda: Llama(config)).eval()
     names = {own: own if own.startswith("lm_head.") else f"model.{own}" for own in model.state_dict()}
     ignored = [
         name for name in tensors if name.endswith(IGNORED) or (model.lm_head is None and name == "lm_head.weight")
@@ -177,7 +179,7 @@ def load_llama_gguf(source: Path | GgufFile) -> Llama:
     )
     if file.value("llama.rope.dimension_count", config.head_dim) != config.head_dim:
         raise CheckpointError(f"{path}: rotates only a part of each head, which this LLaMA does not compute")
-    model = Llama(config).eval()
+    model = unfilled(lambda: Llama(config)).eval()
     fill(model, file, _gguf_names(config)).raise_if_incomplete(path)
     return model
 
