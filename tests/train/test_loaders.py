@@ -273,6 +273,23 @@ def test_pickles_other_than_tensors_are_refused(tmp_path: Path, content: object)
         load_sam(path, SamVit(TINY.sam, TINY.image_size))
 
 
+def test_mask_prompts_are_filled_where_a_model_has_them(tmp_path: Path) -> None:
+    theirs, ours = (
+        PromptEncoder(DIM, TINY.image_size, mask_channels=8),
+        PromptEncoder(DIM, TINY.image_size, mask_channels=8),
+    )
+    tensors = {f"prompt_encoder.{name}": value.clone() for name, value in theirs.state_dict().items()}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            value.copy_(filled({name: tuple(value.shape)}, seed=3)[name])
+    path = tmp_path / "sam.pth"
+    torch.save(tensors, path)
+    report = load_sam(path, prompt_encoder=ours)
+    report.raise_if_incomplete(path)
+    assert not report.ignored
+    assert all(torch.equal(value, tensors[f"prompt_encoder.{name}"]) for name, value in ours.state_dict().items())
+
+
 def test_parts_not_asked_for_are_ignored(tmp_path: Path) -> None:
     case = make_case("sam")
     prompt_encoder, _ = sam_heads()

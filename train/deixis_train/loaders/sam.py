@@ -15,7 +15,7 @@ from deixis_train.loaders.files import read_tensors
 from deixis_train.loaders.report import CheckpointError, LoadReport, fill
 
 IMAGE_ENCODER, PROMPT_ENCODER, MASK_DECODER = "image_encoder.", "prompt_encoder.", "mask_decoder."
-# Mask prompts are no part of PixelLLM (section 5).
+# Mask prompts are no part of PixelLLM (section 5), and of other models only where they ask for them.
 UNUSED = (PROMPT_ENCODER + "mask_downscaling.",)
 
 
@@ -42,19 +42,21 @@ def load_parts(path: Path, what: str, parts: Mapping[str, nn.Module | None], unu
         path: the checkpoint.
         what: name of the format, for messages.
         parts: prefix -> the module to fill, or None to leave that prefix out.
-        unused: prefixes of names that no module takes.
+        unused: prefixes of names that need not be taken; a module that has them is filled all the same.
     """
     tensors = read_tensors(path)
     if not any(name.startswith(tuple(parts)) for name in tensors):
         raise CheckpointError(f"{path}: not a {what} checkpoint: no name begins with {', '.join(parts)}")
+    wanted = {prefix + name for prefix, module in parts.items() if module is not None for name in module.state_dict()}
     left_out = unused + tuple(prefix for prefix, module in parts.items() if module is None)
+    ignored = {name for name in tensors if name.startswith(left_out) and name not in wanted}
     report = LoadReport(
         unexpected=tuple(sorted(name for name in tensors if not name.startswith((*parts, *unused)))),
-        ignored=tuple(sorted(name for name in tensors if name.startswith(left_out))),
+        ignored=tuple(sorted(ignored)),
     )
     for prefix, module in parts.items():
         if module is not None:
-            below = {n: t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(unused)}
+            below = {n: t for n, t in tensors.items() if n.startswith(prefix) and n not in ignored}
             report += _fill_below(module, prefix, below)
     return report
 
