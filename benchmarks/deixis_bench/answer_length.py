@@ -33,7 +33,7 @@ from deixis.bundle import open_bundle
 from deixis.glamm.pipeline import GlammFeatures, GlammPipeline
 from deixis.glamm.questions import expanded, first_text, ids_of
 from deixis.glamm.session import LanguageSession
-from deixis.image import middle
+from deixis.image import square
 from deixis.model import find_bundle
 from deixis_bench.dense_batch import coloured_blocks
 from deixis_bench.report import report_of, write_report
@@ -68,7 +68,7 @@ class Asked:
             raise deixis.TaskError(f"bundle {model.manifest.model.name!r} is of the family {family!r}, not glamm")
         self.pipeline = pipeline = model.pipeline
         [self._features] = pipeline.encode([picture])
-        self._square = middle(picture, pipeline.global_image)[None].astype(np.float32)
+        self._square = square(picture, pipeline.global_image)[None].astype(np.float32)
         height, width = picture.shape[:2]
         with_region = not pipeline.missing("region_caption")
         boxes = [(0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height)] if with_region else []

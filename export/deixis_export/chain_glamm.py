@@ -17,7 +17,7 @@ from torch import Tensor
 from deixis.bundle import ParityRecord
 from deixis.conversation import IMAGE_ID
 from deixis.glamm.pipeline import GlammFeatures, GlammPipeline
-from deixis.image import fit, middle, pad
+from deixis.image import fit, pad, square
 from deixis_export.cases import example_picture
 from deixis_export.cases_glamm import example_boxes
 from deixis_export.chain import CHAIN_LENGTH, CHAIN_TOLERANCE, EXACT, INT8_TOLERANCE
@@ -101,7 +101,7 @@ def _picture(config: GlammConfig, seed: int, tall: bool) -> Picture:
 def _as_torch(picture: Picture, pipeline: GlammPipeline) -> reference.Picture:
     """The picture as both models get it; how it is resized is not what is compared here."""
     resized, geometry = fit(picture, pipeline.manifest.image)
-    whole = middle(picture, pipeline.global_image).astype(np.float32)
+    whole = square(picture, pipeline.global_image).astype(np.float32)
     return reference.Picture(
         torch.from_numpy(whole)[None],
         torch.from_numpy(pad(resized, pipeline.manifest.image))[None],

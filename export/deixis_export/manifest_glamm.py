@@ -8,7 +8,6 @@ from deixis.bundle import (
     FORMAT_NAME,
     Caches,
     CacheSpec,
-    ConversationSpec,
     DimRange,
     Format,
     ImageSpec,
@@ -18,13 +17,13 @@ from deixis.bundle import (
     TaskSpec,
     TokenizerSpec,
 )
-from deixis.conversation import IMAGE_SENTENCE, SYSTEM
+from deixis.glamm.session import BLOCK
 from deixis_export.manifest import MAX_PICTURES, MAX_ROWS, Contents, Overrides, override_tasks
+from deixis_train.glamm.conversations import conversation_spec
 from deixis_train.models.glamm.config import GlammConfig
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.tasks import glamm_tasks
 
-BLOCK = 256  # capacities of caches are multiples of this
 MAX_BOXES, MAX_MASKS = 64, 128  # of a run of the graphs
 
 
@@ -33,26 +32,8 @@ def task_table(config: GlammConfig, overrides: Overrides) -> dict[str, TaskSpec]
     return override_tasks(glamm_tasks(config), overrides)
 
 
-def conversation_spec(config: GlammConfig) -> ConversationSpec:
-    """How the model is spoken to (section 5)."""
-    ids = config.ids
-    return ConversationSpec(
-        system=SYSTEM,
-        image_sentence=IMAGE_SENTENCE,
-        image_tokens=config.clip.tokens,
-        begin_id=ids.begin,
-        end_id=ids.end,
-        image_start_id=ids.image_start,
-        image_end_id=ids.image_end,
-        mask_id=ids.mask,
-        phrase_start_id=ids.phrase_start,
-        phrase_end_id=ids.phrase_end,
-        region_id=ids.region if config.region is not None else None,
-    )
-
-
 def default_capacity(config: GlammConfig, tasks: Mapping[str, TaskSpec]) -> int:
-    """Places for a picture, the longest question and the longest answer, in whole blocks."""
+    """Places for a picture, the longest question and the longest answer, in the whole blocks that caches grow by."""
     longest = max(task.instruction_tokens + task.max_length for task in tasks.values())
     return -(-(config.clip.tokens + longest) // BLOCK) * BLOCK
 
@@ -93,6 +74,6 @@ def make_manifest(model: Glamm, overrides: Overrides, contents: Contents) -> Man
         provenance=contents.provenance(),
         conversation=conversation_spec(config),
         global_image=ImageSpec(
-            config.clip.image_size, resize="center_crop", interpolation="bicubic", antialias=True, pad="none"
+            config.clip.image_size, resize=config.clip.fit, interpolation="bicubic", antialias=True, pad="none"
         ),
     )

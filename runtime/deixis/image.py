@@ -56,8 +56,8 @@ def prepare(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.float
     """Make the network input from an RGB picture uint8 [H,W,3].
 
     Returns float32 [size, size, 3] of 0..255 with the picture in the top-left corner and `spec.pad_value` elsewhere,
-    and the Geometry that maps points between the two; normalisation happens inside the graphs. Not for a centre crop,
-    which has no such geometry: ValueError.
+    and the Geometry that maps points between the two; normalisation happens inside the graphs. Not for the rules of
+    `square`, which have no such geometry: ValueError.
     """
     resized, geometry = fit(image, spec)
     return pad(resized, spec), geometry
@@ -69,8 +69,8 @@ def fit(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[NDArray[np.uint8] | 
     "fit_inside": float32, plain bilinear with half-pixel centres on float32, without anti-aliasing (section 2).
     "longest_side": uint8, as Pillow resizes. Raises ValueError for another rule.
     """
-    if spec.resize == "center_crop":
-        raise ValueError("a centre crop has no geometry; use middle()")
+    if spec.resize == "center_crop" or spec.resize == "stretch":
+        raise ValueError(f"the rule {spec.resize!r} has no geometry; use square()")
     geometry = Geometry.of((image.shape[0], image.shape[1]), spec.size, spec.resize)
     if spec.resize == "longest_side":
         return resample.resize(image, geometry.valid, spec.interpolation), geometry
@@ -89,6 +89,16 @@ def middle(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
     """The middle square of an RGB picture uint8 [H,W,3], as Pillow resizes: uint8 [size, size, 3] ("center_crop")."""
     size, window = center_crop((image.shape[0], image.shape[1]), spec.size)
     return resample.resize(image, size, spec.interpolation, window)
+
+
+def square(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
+    """An RGB picture uint8 [H,W,3] that fills the input, as Pillow resizes: uint8 [size, size, 3].
+
+    "center_crop": its middle. "stretch": all of it, each axis by its own factor.
+    """
+    if spec.resize == "stretch":
+        return resample.resize(image, (spec.size, spec.size), spec.interpolation)
+    return middle(image, spec)
 
 
 def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

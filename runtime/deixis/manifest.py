@@ -97,7 +97,8 @@ class ImageSpec:
     # anti-aliasing; short = floor(size * min / max), long = int(short * (max / min)) in float32 (section 2)
     # "longest_side" (1.2): both sides int(side * size / longest + 0.5)
     # "center_crop" (1.2): shortest side to `size`, the other int(size * long / short); then the middle size x size
-    resize: Literal["fit_inside", "longest_side", "center_crop"] = "fit_inside"
+    # "stretch" (1.2): the whole picture to size x size, each axis by its own factor
+    resize: Literal["fit_inside", "longest_side", "center_crop", "stretch"] = "fit_inside"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     # True (1.2): the filter grows with the reduction, and both passes round to uint8, as Pillow does it
     antialias: bool = False

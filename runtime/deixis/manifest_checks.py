@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pixelllm": (("location", "prompts", "caches.cross_cache"), ()),  # a bundle may only segment
     "glamm": (("conversation", "global_image"), ("global_encoder", "decoder_step")),
 }
+_SQUARE = ("center_crop", "stretch")  # rules without padding
 _MAY_HAVE: dict[str, tuple[str, ...]] = {"pixelllm": ("detection",), "glamm": ()}
 
 
@@ -77,6 +78,7 @@ def _check_image(name: str, spec: ImageSpec) -> list[str]:
         "fit_inside": (False, "right_bottom"),
         "longest_side": (True, "right_bottom"),
         "center_crop": (True, "none"),
+        "stretch": (True, "none"),
     }
     problems = [] if spec.size > 0 else [f"{name}.size: must be positive, found {spec.size}"]
     if (spec.antialias, spec.pad) != known[spec.resize]:
@@ -132,8 +134,12 @@ def _check_family(manifest: Manifest) -> list[str]:
     problems += [
         f"graphs.{role}: missing, the family {family} needs it" for role in graphs if role not in manifest.graphs
     ]
-    if manifest.image.resize == "center_crop":
-        problems.append("image.resize: masks cannot go back through 'center_crop'; use 'fit_inside' or 'longest_side'")
+    if manifest.image.resize in _SQUARE:
+        rule = manifest.image.resize
+        problems.append(f"image.resize: masks cannot go back through {rule!r}; use 'fit_inside' or 'longest_side'")
+    if manifest.global_image is not None and manifest.global_image.resize not in _SQUARE:
+        rule = manifest.global_image.resize
+        problems.append(f"global_image.resize: the picture must fill its input; {rule!r} is not one of {_SQUARE}")
     if family == "glamm":
         if ("grounding_encoder" in manifest.graphs) != ("pixel_decoder" in manifest.graphs):
             problems.append("graphs: grounding_encoder and pixel_decoder go together; one is there without the other")

@@ -516,6 +516,8 @@ def test_a_glamm_survives(root: Path) -> None:
         (lambda m: m["global_image"].update(size=0), r"global_image\.size: must be positive"),
         (lambda m: m["image"].update(antialias=False), "image: resize 'longest_side' needs antialias true"),
         (lambda m: m["image"].update(CROP), r"image\.resize: masks cannot go back"),
+        (lambda m: m["image"].update(CROP | {"resize": "stretch"}), r"image\.resize: masks cannot go back"),
+        (lambda m: m["global_image"].update(m["image"]), r"global_image\.resize: the picture must fill"),
     ],
 )
 def test_what_a_glamm_must_have(root: Path, how: Change, where: str) -> None:

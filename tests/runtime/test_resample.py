@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from deixis.bundle import ImageSpec
 from deixis.geometry import Geometry, center_crop, longest_side
-from deixis.image import fit, middle, pad
+from deixis.image import fit, middle, pad, square
 from deixis.masks import segment_mask
 from deixis.resample import resize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glamm" / "preprocess.npz"
 GLOBAL = ImageSpec(336, "center_crop", "bicubic", antialias=True, pad="none")
+STRETCHED = ImageSpec(56, "stretch", "bicubic", antialias=True, pad="none")
 GROUNDING = ImageSpec(128, "longest_side", "bilinear", antialias=True)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -79,7 +80,7 @@ def test_nothing_is_touched_when_the_size_stays() -> None:
     np.testing.assert_array_equal(resize(image[:, ::-1], (13, 17), "bilinear"), image[:, ::-1])
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1100))
 def test_sizes(height: int, width: int, size: int) -> None:
     valid = longest_side((height, width), size)
@@ -98,15 +99,27 @@ def test_sizes(height: int, width: int, size: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (336, 336)])
 def test_any_shape(shape: tuple[int, int]) -> None:
     image = noise(*shape, 5)
-    square = middle(image, GLOBAL)
-    assert square.shape == (336, 336, 3) and square.dtype == np.uint8
+    whole = middle(image, GLOBAL)
+    assert whole.shape == (336, 336, 3) and whole.dtype == np.uint8
     resized, geometry = fit(image, GROUNDING)
     assert resized.shape[:2] == geometry.valid and pad(resized, GROUNDING).shape == (128, 128, 3)
 
 
-def test_a_centre_crop_has_no_way_back() -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (97, 61), (56, 56)])
+def test_a_stretched_picture_is_seen_whole(shape: tuple[int, int]) -> None:
+    from PIL import Image
+
+    image = noise(*shape, 5)
+    wide = Image.fromarray(image).resize((56, shape[0]), Image.Resampling.BICUBIC)  # Pillow's order is not always this
+    pillow = wide.resize((56, 56), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(square(image, STRETCHED), np.asarray(pillow))
+    np.testing.assert_array_equal(square(image, GLOBAL), middle(image, GLOBAL))
+
+
+@pytest.mark.parametrize("spec", [GLOBAL, STRETCHED])
+def test_what_fills_a_square_has_no_way_back(spec: ImageSpec) -> None:
     with pytest.raises(ValueError, match="no geometry"):
-        fit(noise(4, 4, 0), GLOBAL)
+        fit(noise(4, 4, 0), spec)
 
 
 def test_masks_go_back_as_the_reference_has_it() -> None:

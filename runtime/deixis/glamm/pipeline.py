@@ -19,7 +19,7 @@ from deixis.engines import Engine
 from deixis.errors import BundleFormatError, EngineError, PromptError, TaskError
 from deixis.geometry import Geometry
 from deixis.glamm.session import LanguageSession
-from deixis.image import fit, middle, pad
+from deixis.image import fit, pad, square
 
 Floats = NDArray[np.float32]
 
@@ -80,7 +80,7 @@ class GlammPipeline(BasePipeline):
         found: list[GlammFeatures] = []
         for start in range(0, len(images), most):
             batch = images[start : start + most]
-            squares = np.stack([middle(image, self.global_image) for image in batch]).astype(np.float32)
+            squares = np.stack([square(image, self.global_image) for image in batch]).astype(np.float32)
             outputs = self.engine.run("global_encoder", {"image": squares})
             names = [name for name in outputs if name.startswith("level.")]
             for i, image in enumerate(batch):

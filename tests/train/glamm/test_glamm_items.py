@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from deixis.bundle import ImageSpec
 from deixis.conversation import IMAGE, MASK, REGION, published_gcg
-from deixis_train.data.samples import Box, Phrase, Row, Sample
+from deixis.image import square
+from deixis_train.data.preparation.geometry import decode_mask
+from deixis_train.data.samples import Box, Instance, Phrase, Row, Sample
 from deixis_train.glamm.items import Asking, Item, make_item
 from deixis_train.glamm.pictures import global_input, grounding_input, seen_by_clip
 from deixis_train.glamm.templates import QUESTIONS
 from deixis_train.models.glamm.config import GLAMM_PRESETS
 from deixis_train.tasks import glamm_tasks
+from deixis_train.training.cells import cell_owners
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "glamm"
 WIDTH, HEIGHT = 60, 40
@@ -113,10 +118,36 @@ def test_both_inputs_are_the_references_to_the_byte(number: int) -> None:
     assert not padded[height:].any() and not padded[:, width:].any()
 
 
-def test_things_are_where_clip_sees_them() -> None:
-    from deixis_train.data.preparation.geometry import decode_mask
-    from deixis_train.data.samples import Instance
+@pytest.mark.parametrize("shape", [(5, 5), (31, 77), (300, 40)])
+@pytest.mark.parametrize("fit", ["center_crop", "stretch"])
+def test_the_runtime_makes_the_same_input(shape: tuple[int, int], fit: Literal["center_crop", "stretch"]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    spec = ImageSpec(56, fit, "bicubic", antialias=True, pad="none")
+    assert np.array_equal(global_input(picture, 56, fit), square(picture, spec))
 
+
+def test_boxes_as_fractions_lie_on_the_cells_of_a_stretched_picture() -> None:
+    """Of the demo: a box is read off the cells that show the thing, and the same cells belong to it."""
+    config = GLAMM_PRESETS["tabletop-glamm"]
+    size, grid = config.clip.image_size, config.clip.grid
+    assert config.clip.fit == "stretch" and config.region is not None and config.region.frame == size
+    wide, (left, top, right, bottom) = (288, 512), (64, 72, 96, 108)  # height and width of the picture, a thing in it
+    picture, mask = np.zeros((*wide, 3), np.uint8), np.zeros(wide, np.uint8)
+    picture[top:bottom, left:right], mask[top:bottom, left:right] = 255, 1
+    bright = global_input(picture, size, "stretch").mean(-1).reshape(grid, 14, grid, 14).mean((1, 3)) > 128
+    cells = {(int(y), int(x)) for y, x in np.argwhere(bright)}
+    assert cells == {(4, 2), (5, 2)}
+    fractions = np.array([left / 512, top / 288, right / 512, bottom / 288]) * grid
+    assert np.allclose(fractions, (2, 4, 3, 6))
+    coded = {"size": list(wide), "counts": coco_mask.encode(np.asfortranarray(mask))["counts"].decode("ascii")}
+    sample = Sample(Path("a.jpg"), 512, 288, (), (Instance("cube", (left, top, right, bottom), coded),))
+    seen = seen_by_clip(sample, size, "stretch")
+    assert np.allclose(np.array(seen.instances[0].box) * grid / size, fractions)
+    owners = cell_owners(seen, grid, size, (size, size))
+    assert {(int(y), int(x)) for y, x in np.argwhere(owners == 0)} == cells
+
+
+def test_things_are_where_clip_sees_them() -> None:
     things = (Instance("left", (0, 0, 10, 40), rle(0, 10)), Instance("middle", (20, 0, 40, 40), rle(20, 20)))
     seen = seen_by_clip(Sample(Path("a.jpg"), WIDTH, HEIGHT, (), things), 80)
     assert (seen.width, seen.height) == (80, 80)

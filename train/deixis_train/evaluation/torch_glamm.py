@@ -130,7 +130,8 @@ class TorchGlammPredictor:
     @torch.inference_mode()
     def _see(self, picture: Image) -> _Seen:
         if self._last is None or self._last[0] is not picture:
-            square = torch.from_numpy(global_input(picture, self._config.clip.image_size)).float()[None]
+            clip = self._config.clip
+            square = torch.from_numpy(global_input(picture, clip.image_size, clip.fit)).float()[None]
             features, levels = self._model.encode_global(square.to(self._device))
             self._last = (picture, _Seen(features[0], levels))
         return self._last[1]

@@ -37,7 +37,7 @@ def read_inputs(path: Path, model: Glamm, *, small: bool, grounding: bool) -> In
     """Raises DataError when the picture cannot be read."""
     image, config = read_picture(path), model.config
     padded, valid = grounding_input(image, config.image_size) if grounding else (None, (0, 0))
-    return Inputs(global_input(image, config.clip.image_size) if small else None, padded, valid)
+    return Inputs(global_input(image, config.clip.image_size, config.clip.fit) if small else None, padded, valid)
 
 
 def fingerprint(model: Glamm, what: What) -> str:
@@ -48,7 +48,7 @@ def fingerprint(model: Glamm, what: What) -> str:
     elif what == "clip":
         seen = [asdict(config.clip), config.region_layers, config.pixel_mean_clip, config.pixel_std_clip]
     else:
-        seen = [config.clip.image_size]
+        seen = [config.clip.image_size, config.clip.fit]
     digest = hashlib.sha256(json.dumps(["glamm", what, seen]).encode())
     if what != "small":
         for name, value in (model.sam_encoder if what == "sam" else model.clip).state_dict().items():

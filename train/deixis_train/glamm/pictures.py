@@ -6,6 +6,7 @@ Sizes are (height, width) px; pictures RGB uint8 [H, W, 3] as stored.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,26 +16,30 @@ from deixis_train.data.preparation.geometry import Placement, Size, decode_mask
 from deixis_train.data.samples import Instance, Sample
 
 Picture = NDArray[np.uint8]
+Fit = Literal["center_crop", "stretch"]  # see `ClipConfig.fit`
 
 
-def global_size(original: Size, size: int) -> Size:
-    """Size before the cut: the shorter side becomes `size`, the other int(size * long / short) (section 2.1)."""
+def global_size(original: Size, size: int, fit: Fit = "center_crop") -> Size:
+    """Size before the cut: the shorter side becomes `size`, the other int(size * long / short) (section 2.1). With
+    "stretch" both become `size`, and nothing is cut."""
+    if fit == "stretch":
+        return size, size
     height, width = original
     long = int(size * max(original) / min(original))
     return (size, long) if height <= width else (long, size)
 
 
-def global_input(image: Picture, size: int) -> Picture:
-    """What CLIP sees: the middle of the picture, uint8 [size, size, 3]."""
-    height, width = global_size((image.shape[0], image.shape[1]), size)
+def global_input(image: Picture, size: int, fit: Fit = "center_crop") -> Picture:
+    """What CLIP sees: the middle of the picture, or all of it, uint8 [size, size, 3]."""
+    height, width = global_size((image.shape[0], image.shape[1]), size, fit)
     resized = _resized(image, (height, width), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
-def clip_placement(original: Size, size: int) -> Placement:
+def clip_placement(original: Size, size: int, fit: Fit = "center_crop") -> Placement:
     """Where a stored picture lies in CLIP's input."""
-    height, width = global_size(original, size)
+    height, width = global_size(original, size, fit)
     return Placement(original, (height, width), ((height - size) // 2, (width - size) // 2), (size, size))
 
 
@@ -53,17 +58,20 @@ def grounding_input(image: Picture, size: int) -> tuple[Picture, Size]:
 
 
 def _resized(image: Picture, size: Size, kernel: Image.Resampling) -> Picture:
+    """Width first, then height: in one call, versions of Pillow differ in which they take first where the two change
+    by different factors, and the first one rounds."""
     if image.shape[:2] == size:
         return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), kernel))
+    wide = Image.fromarray(image).resize((size[1], image.shape[0]), kernel)
+    return np.asarray(wide.resize((size[1], size[0]), kernel))
 
 
-def seen_by_clip(sample: Sample, size: int) -> Sample:
+def seen_by_clip(sample: Sample, size: int, fit: Fit = "center_crop") -> Sample:
     """The sample as if its picture were the square that CLIP sees: instances with masks and boxes in px of that.
 
     Instances outside of it keep no area, so that their order stays.
     """
-    placement = clip_placement((sample.height, sample.width), size)
+    placement = clip_placement((sample.height, sample.width), size, fit)
     instances = tuple(_moved(thing, placement, size) for thing in sample.instances)
     return replace(sample, width=size, height=size, instances=instances)
 

@@ -114,17 +114,23 @@ class Corpus:
         return names_of(s for spec in specs for s in self._things_of(spec).samples.values())
 
     def truth(
-        self, spec: SourceSpec, names: Names, grid: int, size: int, view: Callable[[Sample], Sample] | None = None
+        self,
+        spec: SourceSpec,
+        names: Names,
+        grid: int,
+        size: int,
+        view: Callable[[Sample], Sample] | None = None,
+        view_name: str = "",
     ) -> Mapping[str, Truth]:
         """Owners of cells and tables of things of every picture; the owners are kept on disk.
 
-        view: what an encoder sees of the samples, where that is not the whole picture. One view per run.
+        view: what an encoder sees of the samples, where that is not the whole picture as it is. One view per run.
+        view_name: tells views apart on disk.
         """
         things = self._things_of(spec)
         if not things.truth:
             path = self.data / spec.instances
-            seen = "" if view is None else "viewed "
-            digest = hashlib.sha256(f"{seen}{grid} {size} ".encode() + path.read_bytes()).hexdigest()[:8]
+            digest = hashlib.sha256(f"{view_name}{grid} {size} ".encode() + path.read_bytes()).hexdigest()[:8]
             store = FeatureStore(self.features / spec.images / f"owner-{digest}")
             lacking = [name for name in things.samples if name not in store]
             for start in range(0, len(lacking), OWNER_CHUNK):

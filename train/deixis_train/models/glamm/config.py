@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from deixis_train.models.config import (
     IMAGENET_MEAN,
@@ -38,6 +38,9 @@ class ClipConfig:
     # Which hidden state becomes the features, counted like a Python index over embeddings and blocks. Blocks behind it
     # are not computed.
     select_layer: int = -2
+    # How a picture fills that square: "center_crop" cuts the ends of a long one off (section 2.1); "stretch", which is
+    # not published, shows all of it, each axis resized by its own factor.
+    fit: Literal["center_crop", "stretch"] = "center_crop"
 
     @property
     def grid(self) -> int:
@@ -169,7 +172,9 @@ GLAMM_PRESETS: dict[str, GlammConfig] = {
     # The demo: MobileSAM's frozen encoder at 512 px as the grounding encoder, a small CLIP on a 16 x 16 grid.
     "tabletop-glamm": GlammConfig(
         name="tabletop-glamm",
-        clip=ClipConfig(embed_dim=192, depth=8, num_heads=3, mlp_dim=576, image_size=224, select_layer=-1),
+        clip=ClipConfig(
+            embed_dim=192, depth=8, num_heads=3, mlp_dim=576, image_size=224, select_layer=-1, fit="stretch"
+        ),
         region=RegionConfig(groups=16, rounds=2, crop=7, frame=224, hidden_dim=192, position_dim=64, levels=2),
         llama=LlamaConfig(vocab=320, emb=192, layers=6, heads=6, kv_heads=2, head_dim=32, mlp=512),
         image_size=512,
