@@ -13,6 +13,7 @@ from typing import NoReturn
 from deixis.errors import DeixisError, ExportError
 
 PRECISION_NAMES = ("fp32", "fp16", "int8")  # of `weights`, which needs torch
+OWN_LICENCE = "Apache-2.0"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +27,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="deixis export",
         description="Turn a checkpoint into a bundle, every graph of which has been compared with the PyTorch model.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, nargs="?", help="folder of a checkpoint")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        nargs="?",
+        help="folder of a checkpoint that deixis wrote, or of a published GLaMM",
+    )
     parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument(
         "--precision",
@@ -46,7 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--frozen", metavar="FILE", type=Path, help="file with the parts that the checkpoint leaves out"
     )
-    parser.add_argument("--licence", default="Apache-2.0", help="stated in the manifest (default: %(default)s)")
+    parser.add_argument(
+        "--clip",
+        metavar="PATH",
+        type=Path,
+        help="file or folder of CLIP ViT-L/14 at 336 px (openai/clip-vit-large-patch14-336), which published folders "
+        "of GLaMM leave out",
+    )
+    parser.add_argument(
+        "--licence", help=f"stated in the manifest (default: {OWN_LICENCE}; of a published folder: none is stated)"
+    )
     parser.add_argument("--preset", metavar="NAME", help="with --random: the sizes of a model that needs no checkpoint")
     parser.add_argument("--random", action="store_true", help="random weights, for benchmarks and tests")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the example request")
@@ -88,36 +104,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     try:
-        from deixis_export.export import ExportOptions, export_bundle
-        from deixis_export.presets import random_parts
-        from deixis_train.checkpoint import load_checkpoint
+        from deixis_export import routes
+        from deixis_export.bundle_parts import ExportOptions
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
 
     start = time.perf_counter()
-    settings = ExportOptions(options.precision, options.seed, options.licence, dict(options.precision_of))
-    if options.preset is not None:
-        model, tokenizer_json = random_parts(options.preset, options.seed)
-        bundle = export_bundle(
-            model,
-            options.out,
-            tokenizer_json=tokenizer_json,
-            options=settings,
-            source=f"random weights, preset {options.preset}, seed {options.seed}",
-            force=options.force,
-        )
+    checkpoint: Path | None = options.checkpoint
+    published = checkpoint is not None and routes.is_published(checkpoint)
+    if options.clip is not None and not published:
+        raise ExportError("--clip belongs to the published folder of a GLaMM")
+    licence = options.licence if options.licence is not None else "" if published else OWN_LICENCE
+    settings = ExportOptions(options.precision, options.seed, licence, dict(options.precision_of))
+    out, force = options.out, options.force
+    if checkpoint is None:
+        bundle = routes.export_random(options.preset, out, options=settings, force=force)
+    elif published:
+        bundle = routes.export_published(checkpoint, out, clip=options.clip, options=settings, force=force)
     else:
-        checkpoint = load_checkpoint(options.checkpoint, options.frozen)
-        bundle = export_bundle(
-            checkpoint.model,
-            options.out,
-            tokenizer_json=checkpoint.tokenizer_json,
-            options=settings,
-            tasks=checkpoint.tasks,
-            documents=checkpoint.documents,
-            source=checkpoint.source,
-            force=options.force,
-        )
+        bundle = routes.export_checkpoint(checkpoint, out, frozen=options.frozen, options=settings, force=force)
     manifest = bundle.manifest
     worst = max((r.error, name) for name, r in manifest.parity.items() if name.startswith(("graph/", "chain/")))
     size = sum(info.bytes for info in manifest.files.values()) / 1e6

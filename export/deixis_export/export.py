@@ -7,32 +7,34 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deixis.bundle import (
-    Bundle,
-    Graph,
-    ParityRecord,
-    Precision,
-    TensorInfo,
-    describe_files,
-    open_bundle,
-    write_bundle,
-    write_manifest,
-)
+from deixis.bundle import Bundle, ParityRecord, open_bundle, write_manifest
 from deixis.errors import ExportError
+from deixis_export.bundle_parts import (
+    GRAPH_TOLERANCE,
+    GRAPHS,
+    INT8_TOLERANCE,
+    Beside,
+    ExportOptions,
+    Written,
+    compared_with,
+    describe_graph,
+    finish,
+    new_bundle,
+    require,
+    save_golden,
+    to_numpy,
+)
 from deixis_export.cases import Case, golden_arrays
 from deixis_export.families import Family, family_of
 from deixis_export.graph_spec import GraphSpec, M, run_torch
-from deixis_export.manifest import Contents
 from deixis_export.session import Arrays, GraphSession, relative_error
-from deixis_export.trace import OPSET, TracedGraph, trace
+from deixis_export.trace import TracedGraph, trace
 from deixis_export.weights import (
     EXTERNAL_LIMIT_BYTES,
     PRECISIONS,
@@ -50,32 +52,10 @@ from deixis_train.models.pixelllm import PixelLLM
 
 log = logging.getLogger(__name__)
 
-# Largest error of a graph against the PyTorch model that holds the weights it holds, relative to the largest magnitude.
-GRAPH_TOLERANCE = 1e-4
-# int8 also rounds activations; the tasks' metrics are what judges it, this only catches a graph that is broken.
-INT8_TOLERANCE = 0.2
 # How far rounding the weights may move a graph from the fp32 model.
 DRIFT_TOLERANCE = {"fp32": GRAPH_TOLERANCE, "fp16": 5e-2, "int8": INT8_TOLERANCE}
 
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
-GOLDEN_FILE = "golden/vectors.npz"
 DECODER_WEIGHTS = "decoder.data"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """precision: how weights are stored. seed: of the example request. licence: stated in the manifest.
-
-    precision_of: by role, for graphs that differ from the others.
-    """
-
-    precision: PrecisionName = "fp32"
-    seed: int = 0
-    licence: str = ""
-    precision_of: Mapping[str, PrecisionName] = field(default_factory=dict)
-
-    def of(self, role: str) -> PrecisionName:
-        return self.precision_of.get(role, self.precision)
 
 
 def export_bundle(
@@ -110,38 +90,18 @@ def export_bundle(
     family = family_of(model)
     specs = family.graph_specs(model)
     _check_options(specs, options)
-    family.check_tasks(model, tasks)
-    try:
-        with write_bundle(destination, force=force) as work:
-            parity = _write_graphs(family, model.eval(), work, options)
-            _write_text(work / TOKENIZER_FILE, tokenizer_json)
-            for name, text in (documents or {}).items():
-                _write_text(work / name, text)
-            contents = Contents(
-                graphs=parity.graphs,
-                files=describe_files(work),
-                parity=parity.records,
-                tokenizer_file=TOKENIZER_FILE,
-                golden_file=GOLDEN_FILE,
-                source=source,
-                licence=options.licence,
-            )
-            manifest = family.make_manifest(model, tasks, contents)
-            write_manifest(work, manifest)
-            # Where any graph rounds activations, the chain can only be recorded.
-            lowest = "int8" if any(options.of(role) == "int8" for role in specs) else options.precision
-            records = family.chain_parity(model, work, lowest, options.seed)
-            for name, record in records.items():
-                require(name, record)
-            parity.records.update(records)
-            write_manifest(work, manifest)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise ExportError(
-            f"cannot write {destination}: {error.strerror or error}{place}; nothing was left there"
-        ) from error
+    family.task_table(model.config, tasks)
+    with new_bundle(destination, force) as work:
+        written = _write_graphs(family, model.eval(), work, options)
+        beside = Beside(tokenizer_json, documents or {}, source, options.licence)
+        manifest = finish(work, written, beside, lambda contents: family.make_manifest(model, tasks, contents))
+        # Where any graph rounds activations, the chain can only be recorded.
+        lowest = "int8" if any(options.of(role) == "int8" for role in specs) else options.precision
+        records = family.chain_parity(model, work, lowest, options.seed)
+        for name, record in records.items():
+            require(name, record)
+        written.records.update(records)
+        write_manifest(work, manifest)
     return open_bundle(destination)
 
 
@@ -154,37 +114,27 @@ def _check_options(specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) 
         raise ExportError(f"this model has no graph {sorted(unknown)[0]!r}; it has {', '.join(specs)}")
 
 
-@dataclass
-class _Result:
-    graphs: dict[str, Graph]
-    records: dict[str, ParityRecord]
-
-
-def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: ExportOptions) -> _Result:
-    (work / "graphs").mkdir()
-    (work / "golden").mkdir()
+def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: ExportOptions) -> Written:
     specs = family.graph_specs(model)
-    cases = family.make_cases(model, options.seed)
-    before = {role: _numpy(run_torch(spec, model, cases[0][role])) for role, spec in specs.items()}
+    cases = family.cases(model, options.seed)
+    before = {role: to_numpy(run_torch(spec, model, cases[0][role])) for role, spec in specs.items()}
     with torch.no_grad():
         family.fold(model)
     _round_weights(model, specs, options)
-    result = _Result({}, {})
+    result, folder = Written(), work / GRAPHS
     golden: Arrays = {}
     with ExitStack() as stack:
-        decoder = stack.enter_context(WeightFile(work / "graphs" / DECODER_WEIGHTS))
+        decoder = stack.enter_context(WeightFile(folder / DECODER_WEIGHTS))
         for role, spec in specs.items():
             start, precision = time.perf_counter(), options.of(role)
-            expected = [_numpy(run_torch(spec, model, case[role])) for case in cases]
+            expected = [to_numpy(run_torch(spec, model, case[role])) for case in cases]
             shared = decoder if role in family.shared_roles(model) else None
-            external = trace_and_write(spec, model, cases[1][role], work / "graphs", shared, precision)
-            path = work / "graphs" / f"{role}.onnx"
-            with GraphSession(path) as session:
-                actual = [session.run(_numpy(case[role])) for case in cases]
+            external = trace_and_write(spec, model, cases[1][role], folder, shared, precision)
+            with GraphSession(folder / f"{role}.onnx") as session:
+                actual = [session.run(to_numpy(case[role])) for case in cases]
             error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
             int8 = precision == "int8"
-            against = "torch fp32" if precision == "fp32" else "torch with the same fp16 weights"
-            record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, against)
+            record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, compared_with(precision))
             result.records[f"graph/{role}"] = record
             require(f"graph/{role}", record)
             if precision != "fp32":
@@ -192,10 +142,10 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
                 result.records[f"drift/{role}"] = drift
                 require(f"drift/{role}", drift)
             # What a user's device has to give: the model's numbers, or for int8 the numbers of the graph itself.
-            golden |= golden_arrays(role, _numpy(cases[0][role]), actual[0] if int8 else expected[0])
-            result.graphs[role] = _describe(spec, external, precision)
+            golden |= golden_arrays(role, to_numpy(cases[0][role]), actual[0] if int8 else expected[0])
+            result.graphs[role] = describe_graph(spec, external, precision)
             log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
-    _save_npz(work / GOLDEN_FILE, golden)
+    save_golden(work, golden)
     return result
 
 
@@ -237,47 +187,10 @@ def trace_and_write(
     if shared is not None:
         write_graph(traced, path, shared)
         shared.flush()
-        return (f"graphs/{shared.path.name}",)
+        return (f"{GRAPHS}/{shared.path.name}",)
     if total_bytes(traced) < EXTERNAL_LIMIT_BYTES:
         write_graph(traced, path)
         return ()
     with WeightFile(folder / f"{spec.role}.data") as own:
         write_graph(traced, path, own)
-    return (f"graphs/{spec.role}.data",)
-
-
-def _describe(spec: GraphSpec[Any], external: tuple[str, ...], precision: PrecisionName) -> Graph:
-    def infos(tensors: Any) -> dict[str, TensorInfo]:
-        return {tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.dims) for tensor in tensors}
-
-    return Graph(
-        file=f"graphs/{spec.role}.onnx",
-        opset=OPSET,
-        inputs=infos(spec.inputs),
-        outputs=infos(spec.outputs),
-        precision=Precision(precision, "int8" if precision == "int8" else "fp32"),
-        external=external,
-    )
-
-
-def require(name: str, record: ParityRecord) -> None:
-    """Raises ExportError for an error beyond its tolerance."""
-    if not record.error <= record.tolerance:  # NaN fails
-        raise ExportError(
-            f"{name} differs from {record.against} by {record.error:.1e} of the largest value, "
-            f"more than {record.tolerance:.0e}; nothing was left behind"
-        )
-
-
-def _numpy(values: Mapping[str, Tensor]) -> Arrays:
-    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in values.items()}
-
-
-def _save_npz(path: Path, arrays: Arrays) -> None:
-    with path.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    return (f"{GRAPHS}/{spec.role}.data",)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 from torch import nn
 
-from deixis.bundle import Manifest, ParityRecord
+from deixis.bundle import Manifest, ParityRecord, TaskSpec
 from deixis_export import (
     cases,
     cases_glamm,
@@ -33,19 +33,25 @@ class Family(Generic[M]):
     """How a model of one family becomes a bundle.
 
     graph_specs: the graphs, by role. shared_roles: those that share one file of weights. make_cases: inputs by role at
-    two sizes, the first for golden vectors, the second for tracing. fold: in place, what is constant at inference.
-    check_tasks raises ExportError for settings of tasks that the model cannot have. chain_parity compares a request
-    through the bundle with the model; its arguments are the model, the bundle, whether rounded activations (int8) make
-    exact answers impossible, and a seed.
+    given sizes, of which `sizes` are two. fold: in place, what is constant at inference. task_table: of a configuration
+    with a checkpoint's settings; raises ExportError for those that the model cannot have. chain_parity compares a
+    request through the bundle with the model; its arguments are the model, the bundle, the lowest precision of a graph,
+    and a seed.
     """
 
     graph_specs: Callable[[M], dict[str, GraphSpec[M]]]
     shared_roles: Callable[[M], tuple[str, ...]]
-    make_cases: Callable[[M, int], tuple[dict[str, Case], dict[str, Case]]]
+    make_cases: Callable[[M, Any, int], dict[str, Case]]
+    sizes: tuple[Any, Any]
     fold: Callable[[M], None]
-    check_tasks: Callable[[M, Overrides], Any]
+    task_table: Callable[[Any, Overrides], Mapping[str, TaskSpec]]
     make_manifest: Callable[[M, Overrides, Contents], Manifest]
     chain_parity: Callable[[M, Path, str, int], dict[str, ParityRecord]]
+
+    def cases(self, model: M, seed: int) -> tuple[dict[str, Case], dict[str, Case]]:
+        """Inputs by role at both sizes: the first for golden vectors, the second for tracing."""
+        golden, other = self.sizes
+        return self.make_cases(model, golden, seed), self.make_cases(model, other, seed + 1)
 
 
 def _fold_pixelllm(model: PixelLLM) -> None:
@@ -66,12 +72,10 @@ def _fold_batchnorm(encoder: nn.Module) -> None:
 PIXELLLM: Family[PixelLLM] = Family(
     graph_specs=graphs.graph_specs,
     shared_roles=graphs.shared_roles,
-    make_cases=lambda model, seed: (
-        cases.make_cases(model, cases.GOLDEN, seed),
-        cases.make_cases(model, cases.OTHER, seed + 1),
-    ),
+    make_cases=cases.make_cases,
+    sizes=(cases.GOLDEN, cases.OTHER),
     fold=_fold_pixelllm,
-    check_tasks=lambda model, overrides: manifest.task_table(model.config, overrides),
+    task_table=manifest.task_table,
     make_manifest=manifest.make_manifest,
     chain_parity=chain.chain_parity,
 )
@@ -79,12 +83,10 @@ PIXELLLM: Family[PixelLLM] = Family(
 GLAMM: Family[Glamm] = Family(
     graph_specs=graphs_glamm.graph_specs,
     shared_roles=lambda model: (),  # no two graphs hold the same weights
-    make_cases=lambda model, seed: (
-        cases_glamm.make_cases(model, cases_glamm.GOLDEN, seed),
-        cases_glamm.make_cases(model, cases_glamm.OTHER, seed + 1),
-    ),
+    make_cases=cases_glamm.make_cases,
+    sizes=(cases_glamm.GOLDEN, cases_glamm.OTHER),
     fold=_fold_glamm,
-    check_tasks=lambda model, overrides: manifest_glamm.task_table(model.config, overrides),
+    task_table=manifest_glamm.task_table,
     make_manifest=manifest_glamm.make_manifest,
     chain_parity=chain_glamm.chain_parity,
 )

@@ -9,7 +9,8 @@ import torch
 
 from deixis.bundle import ParityRecord
 from deixis.errors import ExportError
-from deixis_export.export import GRAPH_TOLERANCE, INT8_TOLERANCE, require, trace_and_write
+from deixis_export.bundle_parts import GRAPH_TOLERANCE, INT8_TOLERANCE, require
+from deixis_export.export import trace_and_write
 from deixis_export.graph_spec import run_torch
 from deixis_export.graphs_glamm import empty_caches, language_step_spec
 from deixis_export.session import GraphSession, relative_error

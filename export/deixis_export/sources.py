@@ -79,7 +79,7 @@ def random_weights(shell: nn.Module, seed: int) -> WeightSource:
 def rounded(source: WeightSource) -> WeightSource:
     """The same weights as fp16 holds them, where they are stored in fp16.
 
-    Raises ValueError for a parameter beyond fp16's range.
+    Raises ExportError for a parameter beyond fp16's range.
     """
 
     def make(name: str) -> Tensor:
@@ -88,7 +88,7 @@ def rounded(source: WeightSource) -> WeightSource:
             return value
         value = value.half()
         if not torch.isfinite(value).all():
-            raise ValueError(f"parameter {name} has values that fp16 cannot hold; export it with --precision fp32")
+            raise ExportError(f"parameter {name} has values that fp16 cannot hold; export it with --precision fp32")
         return value.float()
 
     return make

@@ -8,35 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deixis.bundle import Bundle, Graph, ParityRecord, describe_files, open_bundle, write_bundle, write_manifest
+from torch import Tensor
+
+from deixis.bundle import Bundle, ParityRecord, open_bundle
 from deixis.errors import ExportError
+from deixis_export.bundle_parts import (
+    GRAPH_TOLERANCE,
+    GRAPHS,
+    Beside,
+    ExportOptions,
+    Written,
+    compared_with,
+    describe_graph,
+    finish,
+    new_bundle,
+    require,
+    save_golden,
+    to_numpy,
+)
 from deixis_export.cases import Case, golden_arrays
 from deixis_export.cases_glamm import GOLDEN, make_cases
-from deixis_export.export import (
-    GOLDEN_FILE,
-    GRAPH_TOLERANCE,
-    TOKENIZER_FILE,
-    ExportOptions,
-    _describe,
-    _numpy,
-    _save_npz,
-    _write_text,
-    require,
-)
 from deixis_export.families import GLAMM
 from deixis_export.graph_spec import GraphSpec, run_torch
-from deixis_export.manifest import Contents
 from deixis_export.session import Arrays, GraphSession, relative_error
 from deixis_export.shells import shell
 from deixis_export.sources import WeightSource, fill, lent, rounded
 from deixis_export.streamed_graph import STREAM_FROM_BYTES, stream
+from deixis_export.weights import stored_low
 from deixis_train.models.config import SamVitConfig
 from deixis_train.models.glamm.config import GlammConfig
 from deixis_train.models.glamm.glamm import Glamm
@@ -49,6 +55,7 @@ STREAM_MODELS_FROM = 6 << 30
 RUN_BYTES = 8 << 30
 FIRST_LAYERS = 2
 _LANGUAGE = "llama"
+_MARGIN = 0.02  # of the disk: graphs, golden vectors, tables that are folded
 
 
 @dataclass(frozen=True)
@@ -91,41 +98,22 @@ def export_streamed(
         limits: what may be in memory.
 
     Raises:
-        ExportError: a precision or a model that cannot be streamed, a graph that differs from the model, a full disk.
+        ExportError: a precision or a model that cannot be streamed, a graph that differs from the model, too little
+            room on the disk, which is looked at first.
         FileExistsError: the destination exists and `force` is False, or is not a bundle.
     """
     options, limits, tasks = options or ExportOptions(), limits or StreamOptions(), tasks or {}
     _check(config, options)
     model = shell(lambda: Glamm(config))
-    GLAMM.check_tasks(model, tasks)
+    GLAMM.task_table(config, tasks)
+    _check_room(destination, _stored_bytes(model, options, limits))
     values = weights(model)
     if options.precision == "fp16":
         values = rounded(values)
-    try:
-        with write_bundle(destination, force=force) as work:
-            graphs, records = _write_graphs(model, values, work, options, limits)
-            _write_text(work / TOKENIZER_FILE, tokenizer_json)
-            for name, text in (documents or {}).items():
-                _write_text(work / name, text)
-            contents = Contents(
-                graphs=graphs,
-                files=describe_files(work),
-                parity=records,
-                tokenizer_file=TOKENIZER_FILE,
-                golden_file=GOLDEN_FILE,
-                source=source,
-                licence=options.licence,
-            )
-            write_manifest(work, GLAMM.make_manifest(model, tasks, contents))
-    except FileExistsError:
-        raise
-    except ValueError as error:
-        raise ExportError(str(error)) from None
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise ExportError(
-            f"cannot write {destination}: {error.strerror or error}{place}; nothing was left there"
-        ) from error
+    with new_bundle(destination, force) as work:
+        written = _write_graphs(model, values, work, options, limits)
+        beside = Beside(tokenizer_json, documents or {}, source, options.licence)
+        finish(work, written, beside, lambda contents: GLAMM.make_manifest(model, tasks, contents))
     return open_bundle(destination, verify_hashes=False)  # they were computed a moment ago
 
 
@@ -138,23 +126,45 @@ def _check(config: GlammConfig, options: ExportOptions) -> None:
         raise ExportError("a model this large needs a SAM ViT as grounding encoder; TinyViT's BatchNorm must be folded")
 
 
+def _stored_bytes(model: Glamm, options: ExportOptions, limits: StreamOptions) -> int:
+    """Disk that the export of a shell takes at its largest."""
+
+    def stored(weights: Iterable[tuple[str, Tensor]]) -> int:
+        half = options.precision == "fp16"
+        return sum(x.nbytes // (2 if half and stored_low(tuple(x.shape), x.nbytes) else 1) for _, x in weights)
+
+    llama = model.llama
+    total = stored(model.state_dict().items())
+    if 4 * sum(p.numel() for p in llama.parameters()) > limits.run:
+        later = tuple(f"layers.{i}." for i in range(FIRST_LAYERS, llama.config.layers))
+        total += stored((name, x) for name, x in llama.state_dict().items() if not name.startswith(later))
+    return int(total * (1 + _MARGIN))
+
+
+def _check_room(destination: Path, needed: int) -> None:
+    """Raises ExportError where a bundle of so many bytes does not fit."""
+    place = next(folder for folder in destination.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ExportError(
+            f"{destination}: needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free there; "
+            "make room, choose another --out, or --precision fp16, which takes half of fp32"
+        )
+
+
 def _write_graphs(
     tracing: Glamm, values: WeightSource, work: Path, options: ExportOptions, limits: StreamOptions
-) -> tuple[dict[str, Graph], dict[str, ParityRecord]]:
-    (work / "graphs").mkdir()
-    (work / "golden").mkdir()
+) -> Written:
     half = options.precision == "fp16"
-    against = "torch fp32" if options.precision == "fp32" else "torch with the same fp16 weights"
-    graphs: dict[str, Graph] = {}
-    records: dict[str, ParityRecord] = {}
+    written = Written()
     golden: Arrays = {}
     with _Lending(tracing.config, values) as model:
         cases = make_cases(model, GOLDEN, options.seed)
         for role, spec in GLAMM.graph_specs(tracing).items():
             start = time.perf_counter()
-            expected = _numpy(run_torch(spec, model, cases[role]))
-            golden |= golden_arrays(role, _numpy(cases[role]), expected)
-            path = work / "graphs" / f"{role}.onnx"
+            expected = to_numpy(run_torch(spec, model, cases[role]))
+            golden |= golden_arrays(role, to_numpy(cases[role]), expected)
+            path = work / GRAPHS / f"{role}.onnx"
             stream(spec, tracing, values, path, half=half, stream_from=limits.stream_from)
             name = f"graph/{role}"
             if _LANGUAGE not in spec.parts or _bytes(tracing, spec) <= limits.run:
@@ -162,12 +172,12 @@ def _write_graphs(
             else:
                 name = f"graph/{role}[first {FIRST_LAYERS} layers]"
                 error = _first_layers_error(tracing.config, role, cases[role], values, work, half)
-            records[name] = ParityRecord(error, GRAPH_TOLERANCE, against)
-            require(name, records[name])
-            graphs[role] = _describe(spec, (f"graphs/{role}.data",), options.precision)
+            written.records[name] = ParityRecord(error, GRAPH_TOLERANCE, compared_with(options.precision))
+            require(name, written.records[name])
+            written.graphs[role] = describe_graph(spec, (f"{GRAPHS}/{role}.data",), options.precision)
             log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
-    _save_npz(work / GOLDEN_FILE, golden)
-    return graphs, records
+    save_golden(work, golden)
+    return written
 
 
 class _Lending:
@@ -197,7 +207,7 @@ def _bytes(model: Glamm, spec: GraphSpec[Glamm]) -> int:
 
 def _error(path: Path, case: Case, expected: Arrays) -> float:
     with GraphSession(path) as session:
-        return relative_error(session.run(_numpy(case)), expected)
+        return relative_error(session.run(to_numpy(case)), expected)
 
 
 def _first_layers_error(
@@ -212,7 +222,7 @@ def _first_layers_error(
     if short.llama.tied:
         fill(running, f"{_LANGUAGE}.embed_tokens", values)
     with lent(running, _LANGUAGE, values):
-        expected = _numpy(run_torch(spec, running, case))
+        expected = to_numpy(run_torch(spec, running, case))
     with tempfile.TemporaryDirectory(dir=work) as folder:
         path = Path(folder) / f"{role}.onnx"
         stream(spec, tracing, values, path, half=half)

@@ -6,9 +6,6 @@ Large parameters that a graph uses as they are, or transposed, are never in memo
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,7 @@ from torch import Tensor
 from deixis_export.graph_spec import GraphSpec, M
 from deixis_export.shells import blank, without_arithmetic
 from deixis_export.sources import WeightSource
-from deixis_export.symbolic import own_symbolics
-from deixis_export.trace import OPSET, TracedGraph, _detach_constants, _set_border, fold_constants
+from deixis_export.trace import TracedGraph, detach_constants, fold_constants, set_border, traced_export
 from deixis_export.weights import WeightFile, store_fp16, stored_low, write_graph
 
 STREAM_FROM_BYTES = 1 << 20
@@ -62,7 +58,7 @@ def trace_shell(
     """Trace a graph of a shell. Parameters of at least `stream_from` bytes are left at their source where possible."""
     module = spec.module(shell).eval()
     names = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
-    model = _export(spec, module)
+    model = traced_export(spec, without_arithmetic(module), example_inputs(spec))
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     large = {
         item.name
@@ -70,13 +66,13 @@ def trace_shell(
         if item.name not in names and 4 * int(np.prod(shapes[item.name])) >= stream_from
     }
     streamed = _used_as_they_are(model.graph, large)
-    constants = _detach_constants(model, _State(source, shapes), keep=names | streamed)  # type: ignore[arg-type]
+    constants = detach_constants(model, _State(source, shapes), keep=names | streamed)
     traced = TracedGraph(model, constants)
     fold_constants(traced)
     weights = {_short(name): Placed(_short(name), shapes[name]) for name in sorted(streamed)}
     _rename_inputs(model.graph, {name: _short(name) for name in streamed})
     _take_transposes(model.graph, weights)
-    _set_border(model, spec)
+    set_border(model, spec)
     used = {name for node in model.graph.node for name in node.input}
     return StreamedGraph(traced, {name: placed for name, placed in weights.items() if name in used})
 
@@ -99,41 +95,6 @@ class _State(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-
-def _export(spec: GraphSpec[M], module: torch.nn.Module) -> onnx.ModelProto:
-    """As `trace` does, but nothing is computed. Parameters are inputs of the graph."""
-    tensors, inputs = (*spec.inputs, *spec.outputs), example_inputs(spec)
-    noise = logging.getLogger("torch.onnx")
-    level = noise.level
-    noise.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            own_symbolics(OPSET),
-            tempfile.TemporaryDirectory(prefix="deixis-trace-") as folder,
-        ):
-            path = Path(folder) / "graph.onnx"
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                without_arithmetic(module),
-                tuple(inputs[tensor.name] for tensor in spec.inputs),
-                path,
-                dynamo=False,
-                opset_version=OPSET,
-                export_params=False,
-                do_constant_folding=False,
-                input_names=[tensor.name for tensor in spec.inputs],
-                output_names=[tensor.name for tensor in spec.outputs],
-                dynamic_axes={
-                    tensor.name: {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
-                    for tensor in tensors
-                },
-            )
-            return onnx.load(path)
-    finally:
-        noise.setLevel(level)
 
 
 def _used_as_they_are(graph: onnx.GraphProto, large: set[str]) -> set[str]:
@@ -160,12 +121,14 @@ def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def _take_transposes(graph: onnx.GraphProto, weights: dict[str, Placed]) -> None:
-    """Store transposed what the graph would transpose."""
+    """Store transposed what the graph would transpose, but for tables that are also looked up: they are stored once."""
+    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     kept: list[onnx.NodeProto] = []
     renamed: dict[str, str] = {}
     for node in graph.node:
         source = weights.get(renamed.get(node.input[0], node.input[0])) if len(node.input) == 1 else None
-        if source is None or node.op_type not in ("Transpose", "Identity"):
+        shared = node.op_type == "Transpose" and node.input[0] in looked_up
+        if source is None or shared or node.op_type not in ("Transpose", "Identity"):
             kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
             continue
         name = renamed.get(node.input[0], node.input[0])

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor
+from torch import Tensor, nn
 
 from deixis_export.graph_spec import GraphSpec, M
 from deixis_export.symbolic import own_symbolics
@@ -44,11 +45,17 @@ class TracedGraph:
 def trace(spec: GraphSpec[M], model: M, inputs: dict[str, Tensor]) -> TracedGraph:
     """Trace a graph on example inputs, whose dynamic sizes should differ from 1 and from each other."""
     module = spec.module(model).eval()  # not optional: the exporter restores the outer module's mode to all children
-    names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
-    dynamic = {
-        tensor.name: {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
-        for tensor in (*spec.inputs, *spec.outputs)
-    }
+    traced = traced_export(spec, module, inputs)
+    constants = detach_constants(traced, module.state_dict(), keep={t.name for t in (*spec.inputs, *spec.outputs)})
+    graph = TracedGraph(traced, constants)
+    fold_constants(graph)
+    set_border(traced, spec)
+    return graph
+
+
+def traced_export(spec: GraphSpec[M], module: nn.Module, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """The exporter's graph of a module that computes `spec`; its parameters are inputs, as the module names them."""
+    tensors = (*spec.inputs, *spec.outputs)
     noise = logging.getLogger("torch.onnx")
     level = noise.level
     noise.setLevel(logging.ERROR)
@@ -73,20 +80,18 @@ def trace(spec: GraphSpec[M], model: M, inputs: dict[str, Tensor]) -> TracedGrap
                 do_constant_folding=False,
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
-                dynamic_axes=dynamic,
+                dynamic_axes={
+                    tensor.name: {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
+                    for tensor in tensors
+                },
             )
-            traced = onnx.load(path)
+            return onnx.load(path)
     finally:
         noise.setLevel(level)
-    constants = _detach_constants(traced, module.state_dict(), keep=set(names))
-    graph = TracedGraph(traced, constants)
-    fold_constants(graph)
-    _set_border(traced, spec)
-    return graph
 
 
-def _detach_constants(model: onnx.ModelProto, state: dict[str, Tensor], keep: set[str]) -> dict[str, np.ndarray]:
-    """Take parameters (graph inputs), initializers and Constant nodes out of the graph, as arrays."""
+def detach_constants(model: onnx.ModelProto, state: Mapping[str, Tensor], keep: set[str]) -> dict[str, np.ndarray]:
+    """Take parameters (graph inputs, but for `keep`), initializers and Constant nodes out of the graph, as arrays."""
     graph = model.graph
     constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     del graph.initializer[:]
@@ -205,7 +210,7 @@ def _merge_equal(traced: TracedGraph) -> None:
             del traced.constants[name]
 
 
-def _set_border(model: onnx.ModelProto, spec: GraphSpec[Any]) -> None:
+def set_border(model: onnx.ModelProto, spec: GraphSpec[Any]) -> None:
     """State shapes as the contract does; the tracer infers some output dimensions under names of its own."""
     graph = model.graph
     for items, tensors in ((graph.input, spec.inputs), (graph.output, spec.outputs)):

@@ -20,11 +20,12 @@ from deixis_export.cases import golden_arrays
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.families import GLAMM
 from deixis_export.graph_spec import run_torch
-from deixis_export.manifest_glamm import conversation_spec, default_capacity, dim_ranges, task_table
+from deixis_export.manifest_glamm import default_capacity, dim_ranges, task_table
 from deixis_export.presets import random_model, random_parts
 from deixis_export.presets_glamm import random_glamm_tokenizer
 from deixis_export.session import GraphSession, relative_error
 from deixis_export.weights import round_to_fp16
+from deixis_train.glamm.conversations import conversation_spec
 from deixis_train.models.config import PRESETS
 from deixis_train.models.glamm.config import GLAMM_PRESETS
 from deixis_train.models.glamm.glamm import Glamm
@@ -55,7 +56,7 @@ def test_the_tiny_bundle_is_what_its_generator_makes(model: Glamm) -> None:
     assert bundle.file(manifest.tokenizer.file).read_text(encoding="utf-8") == random_glamm_tokenizer(CONFIG)
     assert set(manifest.parity) == {f"{kind}/{role}" for kind in ("graph", "drift") for role in ROLES} | CHAIN
     assert manifest.parity["chain/greedy_ids"].error == 0
-    specs, (case, _) = GLAMM.graph_specs(model), GLAMM.make_cases(model, SEED)
+    specs, (case, _) = GLAMM.graph_specs(model), GLAMM.cases(model, SEED)
     with np.load(bundle.file(manifest.golden), allow_pickle=False) as arrays:
         golden = {name: arrays[name] for name in arrays.files}
     names = {re.sub(r"/out\[::\d+\]/", "/out/", name) for name in golden}
@@ -173,7 +174,7 @@ def test_the_command_takes_a_precision_for_each_graph(
         called.update(options, model=model)
         return open_bundle(TINY_GLAMM)
 
-    monkeypatch.setattr("deixis_export.export.export_bundle", export)
+    monkeypatch.setattr("deixis_export.routes.export_bundle", export)
     arguments = ["--preset", "glamm-tiny", "--random", "--out", str(tmp_path / "b"), "--precision", "fp16"]
     arguments += ["--precision-of", "decoder_step=int8", "--precision-of", "pixel_decoder=fp32"]
     assert cli.main(arguments) == 0
