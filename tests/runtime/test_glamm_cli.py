@@ -209,6 +209,18 @@ def test_a_real_bundle_chats_as_it_answers(picture: str) -> None:
             assert phrase.mask is not None and phrase.mask.size == (40, 60)
 
 
+@pytest.mark.parametrize("command", ["grounded-caption", "ask", "chat", "ground-phrases"])
+def test_without_a_bundle_it_is_said_what_to_do(
+    capsys: Captured, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("deixis.cli.tasks.TALKING_BUNDLE", "absent-glamm")  # whatever lies in the checkout
+    monkeypatch.setattr("deixis.cli.arguments.TALKING_BUNDLE", "absent-glamm")
+    monkeypatch.chdir(tmp_path)
+    text = ["what is it?"] if command in ("ask", "ground-phrases") else []
+    assert "--bundle (docs/training.md" in run(capsys, command, picture, *text, code=1)
+    assert "no bundle named 'other'" in run(capsys, command, picture, *text, "--bundle", "other", code=1)
+
+
 def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The section of docs/tasks.md on this family, on the tiny bundle under the demo's name."""
     section = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8").split("## Conversations with masks")[1]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 import deixis
 from deixis import overlay
-from deixis.errors import PromptError
+from deixis.cli.arguments import TALKING_BUNDLE
+from deixis.errors import BundleNotFoundError, PromptError
 from deixis.files import check_target, write_atomic
 from deixis.image import load_image
 from deixis.options import DecodeOptions
@@ -87,7 +88,15 @@ def trace(options: argparse.Namespace) -> int:
 
 def load(options: argparse.Namespace) -> Model:
     """The model that the options name."""
-    return deixis.load(options.bundle, device=options.device, threads=options.threads)
+    try:
+        return deixis.load(options.bundle, device=options.device, threads=options.threads)
+    except BundleNotFoundError:
+        if options.bundle != TALKING_BUNDLE:
+            raise
+        raise BundleNotFoundError(
+            "this needs a GLaMM, and none comes with this version; name a bundle with --bundle "
+            "(docs/training.md says how one is made)"
+        ) from None
 
 
 def lines_of(result: Result) -> list[str]:
