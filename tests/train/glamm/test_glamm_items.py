@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,9 +26,14 @@ WIDTH, HEIGHT = 60, 40
 
 
 def rle(x: int, width: int) -> dict:
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:, x : x + width] = 1
-    return {"size": [HEIGHT, WIDTH], "counts": coco_mask.encode(mask)["counts"].decode("ascii")}
+    return coded(mask)
+
+
+def coded(mask: np.ndarray) -> dict:
+    counts: Any = coco_mask.encode(np.asfortranarray(mask))["counts"]
+    return {"size": list(mask.shape), "counts": counts.decode("ascii")}
 
 
 def box(x: int) -> Box:
@@ -139,8 +144,7 @@ def test_boxes_as_fractions_lie_on_the_cells_of_a_stretched_picture() -> None:
     assert cells == {(4, 2), (5, 2)}
     fractions = np.array([left / 512, top / 288, right / 512, bottom / 288]) * grid
     assert np.allclose(fractions, (2, 4, 3, 6))
-    coded = {"size": list(wide), "counts": coco_mask.encode(np.asfortranarray(mask))["counts"].decode("ascii")}
-    sample = Sample(Path("a.jpg"), 512, 288, (), (Instance("cube", (left, top, right, bottom), coded),))
+    sample = Sample(Path("a.jpg"), 512, 288, (), (Instance("cube", (left, top, right, bottom), coded(mask)),))
     seen = seen_by_clip(sample, size, "stretch")
     assert np.allclose(np.array(seen.instances[0].box) * grid / size, fractions)
     owners = cell_owners(seen, grid, size, (size, size))

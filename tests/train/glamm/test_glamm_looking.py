@@ -29,7 +29,7 @@ def test_words_of_phrases_and_regions_look_at_their_cells() -> None:
     region = [1, IMAGE_ID, ids.region, 5, 7, 8, 2]
     answers = [[*[IGNORED] * 3, *grounded[3:]], [*[IGNORED] * 4, 7, 8, 2]]
     rows = expand_rows([grounded, region], answers, [0, 1], [0, 1], TINY, 2)
-    items = [Item(SAMPLE, TURN, masks=masks), Item(SAMPLE, TURN, ((14.0, 0.0, 28.0, 14.0),))]
+    items = [[Item(SAMPLE, TURN, masks=masks)], [Item(SAMPLE, TURN, ((14.0, 0.0, 28.0, 14.0),))]]
     look = find_looks(items, rows, TINY)
     assert look is not None
     told = tokens - 1  # positions behind the picture move by this
@@ -43,7 +43,7 @@ def test_words_of_phrases_and_regions_look_at_their_cells() -> None:
     outside = np.zeros((1, 112, 336), np.uint8)
     outside[0, :, :50] = 1
     alone = expand_rows([[1, IMAGE_ID, 5, ids.mask]], [[IGNORED] * 4], [0], [0], TINY, 1)
-    assert find_looks([Item(wide, TURN, masks=outside)], alone, TINY) is None
+    assert find_looks([[Item(wide, TURN, masks=outside)]], alone, TINY) is None
 
 
 def test_watching_changes_no_state_and_attention_learns() -> None:
@@ -53,7 +53,7 @@ def test_watching_changes_no_state_and_attention_learns() -> None:
     masks = np.zeros((1, 112, 112), np.uint8)
     masks[0, 28:56, 28:56] = 1
     rows = expand_rows([[1, IMAGE_ID, 5, TINY.ids.mask]] * 2, [[IGNORED] * 4] * 2, [0, 1], [0, 0], TINY, 2)
-    look = find_looks([Item(SAMPLE, TURN, masks=masks)] * 2, rows, TINY)
+    look = find_looks([[Item(SAMPLE, TURN, masks=masks)]] * 2, rows, TINY)
     assert look is not None
     embeds = torch.randn(2, tokens + 3, TINY.llama.emb)
     plain = llama(embeds, rows.valid)

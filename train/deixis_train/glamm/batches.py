@@ -25,6 +25,7 @@ class Rows:
     valid: Tensor  # [R, L] bool
     # [R, L] int64: -1 takes the embedding of the id, n the nth of the pictures' features [B * T0], then regions [K]
     embed_index: Tensor
+    branch: Tensor | None = None  # [R, L] int64, see `Llama.forward`; None: a row is one conversation
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Look:
     position: Tensor  # [N] int64, with the picture counted
     first: Tensor  # [N] int64, position of the picture's first cell in that row
     cells: Tensor  # [N, T0] bool, at least one each
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """Where the things are that the [SEG]s stand for. N states that predict one."""
+
+    row: Tensor  # [N] int64
+    position: Tensor  # [N] int64, with the picture counted
+    boxes: Tensor  # [N, 4] XYXY fractions of the picture
+    places: Tensor  # [N, 2] (x, y) px of the grounding input, well inside the mask
 
 
 @dataclass
@@ -54,6 +65,7 @@ class GlammBatch:
     sam: Tensor | None = None  # cached map of the grounding encoder [B, h, h, P]
     valid_hw: Tensor | None = None  # [B, 2] real height and width of the grounding input, px
     look: Look | None = None  # where states should look
+    pointed: Pointed | None = None  # where the things are that are meant
     masks: list[Tensor] | None = None  # per picture [m, H, W] 0/1 at the size of its masks; None: no mask is learned
 
     @property
@@ -70,7 +82,7 @@ class GlammBatch:
                 return value.to(device, non_blocking=True)
             if isinstance(value, list):
                 return [move(item) for item in value]
-            if isinstance(value, Rows | Look):
+            if isinstance(value, Rows | Look | Pointed):
                 return type(value)(**{spec.name: move(getattr(value, spec.name)) for spec in fields(value)})  # pyright: ignore[reportArgumentType]
             return value
 
@@ -84,6 +96,7 @@ def expand_rows(
     boxes: Sequence[int],
     config: GlammConfig,
     pictures: int,
+    branches: Sequence[Sequence[int]] | None = None,
 ) -> Rows:
     """Put the picture's positions into rows of ids, and say which embedding every position takes (section 5.4).
 
@@ -94,13 +107,14 @@ def expand_rows(
         boxes: how many boxes every row brings. Boxes are numbered through, row after row.
         config: of the model.
         pictures: B.
+        branches: of the same lengths as the ids, 0 where the picture is; None: a row is one conversation.
 
     Raises:
         ValueError: a row that names `<image>` twice, or `<bbox>` more often than it has boxes. Boxes that are not named
             are left out, as in the reference.
     """
     image_tokens, first_box = config.clip.tokens, pictures * config.clip.tokens
-    whole: list[tuple[list[int], list[int], list[int]]] = []
+    whole: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for row, (one, wanted) in enumerate(zip(ids, labels, strict=True)):
         if len(one) != len(wanted):
             raise ValueError(f"row {row} has {len(one)} ids and {len(wanted)} labels")
@@ -114,18 +128,41 @@ def expand_rows(
         places = [k for k, number in enumerate(one) if number == IMAGE_ID]
         if len(places) > 1:
             raise ValueError(f"row {row} names the picture {len(places)} times; once is possible")
-        expanded, marked = list(one), list(wanted)
+        expanded, marked, way = list(one), list(wanted), list(branches[row]) if branches else [0] * len(one)
         for k in places:
             seen = range(picture[row] * image_tokens, (picture[row] + 1) * image_tokens)
             expanded[k : k + 1] = [config.ids.pad] * image_tokens
             marked[k : k + 1] = [IGNORED] * image_tokens
             index[k : k + 1] = seen
-        whole.append((expanded, marked, index))
-    longest = max(len(expanded) for expanded, _, _ in whole)
+            way[k : k + 1] = [0] * image_tokens
+        whole.append((expanded, marked, index, way))
+    longest = max(len(expanded) for expanded, *_ in whole)
 
     def padded(part: int, value: int) -> Tensor:
         return torch.tensor([row[part] + [value] * (longest - len(row[part])) for row in whole], dtype=torch.int64)
 
-    lengths = torch.tensor([len(expanded) for expanded, _, _ in whole])
+    lengths = torch.tensor([len(expanded) for expanded, *_ in whole])
     valid = torch.arange(longest)[None] < lengths[:, None]
-    return Rows(padded(0, config.ids.pad), padded(1, IGNORED), valid, padded(2, -1))
+    branch = padded(3, 0) if branches else None
+    return Rows(padded(0, config.ids.pad), padded(1, IGNORED), valid, padded(2, -1), branch)
+
+
+def share_beginning(
+    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int], list[int]]:
+    """Conversations that begin alike up to the picture as one row: its ids, labels and branches.
+
+    Nothing is learned otherwise than from a row each, but the picture's positions are computed once.
+
+    Raises:
+        ValueError: conversations that begin differently, or one that does not name the picture.
+    """
+    end = list(ids[0]).index(IMAGE_ID) + 1 if IMAGE_ID in ids[0] else 0
+    if not end or any(list(one[:end]) != list(ids[0][:end]) for one in ids):
+        raise ValueError("conversations can only share a beginning with the picture in it")
+    row, marked, way = list(ids[0][:end]), list(labels[0][:end]), [0] * end
+    for number, (one, wanted) in enumerate(zip(ids, labels, strict=True), start=1):
+        row += one[end:]
+        marked += wanted[end:]
+        way += [number] * (len(one) - end)
+    return row, marked, way

@@ -18,7 +18,7 @@ def conversation_spec(config: GlammConfig) -> ConversationSpec:
     """How the model is spoken to (section 5.2)."""
     ids = config.ids
     return ConversationSpec(
-        system=SYSTEM,
+        system=SYSTEM if config.system is None else config.system,
         image_sentence=IMAGE_SENTENCE,
         image_tokens=config.clip.tokens,
         begin_id=ids.begin,

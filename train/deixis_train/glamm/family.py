@@ -20,6 +20,7 @@ from deixis_train.glamm.pictures import seen_by_clip
 from deixis_train.glamm.stage import GlammHelpers, GlammObjective
 from deixis_train.glamm.start import start, with_lora
 from deixis_train.glamm.templates import QUESTIONS, SEGMENT_ANSWERS
+from deixis_train.models.glamm.config import ClipConfig
 from deixis_train.training.corpus import Corpus
 from deixis_train.training.features import FeatureStore, What
 from deixis_train.training.micro import Feed
@@ -55,15 +56,17 @@ class GlammRun:
         if stage.objective == "grid":
             return [self._grid_feed(stage, spec, _seed(seed, k), writer) for k, spec in enumerate(specs)]
         sources = [self._source(stage, spec, writer) for spec in specs]
-        feed = partial(ItemFeed, model=self.model, labeller=self._labeller, looks=stage.auxiliary.look > 0)
+        auxiliary = stage.auxiliary
+        points = auxiliary.box > 0 or auxiliary.place > 0
+        feed = partial(ItemFeed, model=self.model, labeller=self._labeller, looks=auxiliary.look > 0, points=points)
         if stage.mixing == "types" and specs is stage.sources:
             found = {kind: [s for s in sources if TYPE_OF[s.spec.task] == kind] for kind in stage.types}
             return [
                 feed(kind, sources=members, order="draw", seed=_seed(seed, k), weight=stage.types[kind])
                 for k, (kind, members) in enumerate(found.items())
             ]
-        if stage.mixing == "walk" and specs is stage.sources:
-            return [feed("all", sources=sources, order="walk", seed=_seed(seed, 0))]
+        if (order := stage.mixing) in ("walk", "pictures") and specs is stage.sources:
+            return [feed("all", sources=sources, order=order, seed=_seed(seed, 0))]
         return [
             feed(
                 source.spec.name,
@@ -81,7 +84,8 @@ class GlammRun:
         samples = self.corpus.samples(spec)
         masks = "mask" in spec.losses
         whats: list[What] = [what for what in stage.cache if what == "clip" or masks]
-        drawn = masks or (TYPE_OF[spec.task] == "mask" and stage.auxiliary.look > 0)
+        helped = stage.auxiliary.look > 0 or stage.auxiliary.box > 0 or stage.auxiliary.place > 0
+        drawn = masks or (TYPE_OF[spec.task] == "mask" and helped)
         stores = self._stores(stage, spec, whats, writer)
         asking = Asking(spec.task, spec.instructions or QUESTIONS[spec.task], spec.rows, spec.jitter, drawn)
         return ItemSource(spec, samples, asking, stores)
@@ -100,7 +104,9 @@ class GlammRun:
 
     def _grid_feed(self, stage: StageSpec, spec: SourceSpec, seed: int, writer: bool) -> Feed:
         clip = self.model.config.clip
-        truth = self.corpus.truth(spec, self.names, clip.grid, clip.image_size, partial(_as_clip_sees, clip.image_size))
+        truth = self.corpus.truth(
+            spec, self.names, clip.grid, clip.image_size, partial(_as_clip_sees, clip), f"{clip.fit} "
+        )
         stores = self._stores(stage, spec, ["small"], writer)
         return Feed(stage, spec, self.corpus.samples(spec), _no_text, stores, truth, clip.image_size, seed)
 
@@ -128,8 +134,8 @@ def _seed(seed: int, number: int) -> int:
     return int(np.random.default_rng((seed, number)).integers(2**31))
 
 
-def _as_clip_sees(size: int, sample: Sample) -> Sample:
-    return seen_by_clip(sample, size)
+def _as_clip_sees(clip: ClipConfig, sample: Sample) -> Sample:
+    return seen_by_clip(sample, clip.image_size, clip.fit)
 
 
 def _no_text(sample: Sample, rng: np.random.Generator) -> Example:
@@ -138,7 +144,8 @@ def _no_text(sample: Sample, rng: np.random.Generator) -> Example:
 
 def _questions(recipe: Recipe) -> list[str]:
     """All that may be asked, for a vocabulary."""
-    texts = [SYSTEM, IMAGE_SENTENCE, "USER: ASSISTANT: region", *SEGMENT_ANSWERS]
+    system = SYSTEM if recipe.conversation.system is None else recipe.conversation.system
+    texts = [system, IMAGE_SENTENCE, "USER: ASSISTANT: region", *SEGMENT_ANSWERS]
     for stage in recipe.stages:
         for spec in stage.sources if stage.objective == "text" else ():
             texts += spec.instructions or QUESTIONS[spec.task]

@@ -36,7 +36,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Asking:
-    """How a source is asked. most: turns about the sample; 0 takes the task's own number. jitter: boxes move by up to
+    """How a source is asked. most: turns about the sample, or, for "ask", conversations about the picture; 0 takes the
+    task's own number. jitter: boxes move by up to
     this share of their sides."""
 
     task: str
@@ -49,6 +50,17 @@ class Asking:
 def make_item(sample: Sample, asking: Asking, rng: Rng) -> Item | None:
     """One item of a sample, or None when it has nothing to ask for."""
     return _TASKS[asking.task](sample, asking, rng)
+
+
+def join_items(items: Sequence[Item]) -> Item:
+    """Items about one picture as one conversation, in the given order."""
+    masks = [item.masks for item in items if item.masks is not None]
+    return Item(
+        items[0].sample,
+        tuple(turn for item in items for turn in item.turns),
+        tuple(box for item in items for box in item.boxes),
+        np.concatenate(masks) if masks else None,
+    )
 
 
 def _grounded_caption(sample: Sample, asking: Asking, rng: Rng) -> Item | None:

@@ -27,37 +27,40 @@ from deixis_train.models.glamm.llama import Llama, LlamaAttention
 from deixis_train.training.cells import MIN_COVER
 
 
-def find_looks(items: Sequence[Item], rows: Rows, config: GlammConfig) -> Look | None:
+def find_looks(items: Sequence[Sequence[Item]], rows: Rows, config: GlammConfig) -> Look | None:
     """What the rows of a batch should look at; None if they are about no thing that CLIP sees.
 
     Args:
-        items: one per row, with masks, one per mask token, or with boxes, one per turn.
+        items: those of each row, with masks, one per mask token, or with boxes, one per turn.
     """
     found: list[tuple[int, int, int, NDArray[np.bool_]]] = []
-    for row, item in enumerate(items):
+    for row, asked in enumerate(items):
         index = rows.embed_index[row]
         image = ((index >= 0) & (index < len(items) * config.clip.tokens)).nonzero()
         if not len(image):
             continue
-        own, first = rows.ids[row].tolist(), int(image[0])
-        if item.masks is not None:
-            spans = _mask_spans(own, config)
-            shown = [_cells(mask, item, config) for mask in item.masks]
-        elif len(item.boxes) == len(item.turns):
-            spans = _answers(rows.labels[row].tolist())
-            shown = [_cells(_filled(box, item), item, config) for box in item.boxes]
-        else:
-            continue
-        for (start, end), cells in zip(spans, shown, strict=False):
-            if cells.any():
-                found += [(row, position, first, cells) for position in range(start, end)]
+        first = int(image[0])
+        spoken, answers = mask_spans(rows.ids[row].tolist(), config), _answers(rows.labels[row].tolist())
+        for item in asked:
+            if item.masks is not None:
+                spans, spoken = spoken[: len(item.masks)], spoken[len(item.masks) :]
+                shown = [_cells(mask, item, config) for mask in item.masks]
+            elif len(item.boxes) == len(item.turns):
+                spans = answers[: len(item.turns)]
+                shown = [_cells(_filled(box, item), item, config) for box in item.boxes]
+            else:
+                spans, shown = [], []
+            answers = answers[len(item.turns) :]
+            for (start, end), cells in zip(spans, shown, strict=False):
+                if cells.any():
+                    found += [(row, position, first, cells) for position in range(start, end)]
     if not found:
         return None
     numbers, positions, firsts, cells = zip(*found, strict=True)
     return Look(torch.tensor(numbers), torch.tensor(positions), torch.tensor(firsts), torch.from_numpy(np.stack(cells)))
 
 
-def _mask_spans(ids: list[int], config: GlammConfig) -> list[tuple[int, int]]:
+def mask_spans(ids: list[int], config: GlammConfig) -> list[tuple[int, int]]:
     """Positions [start, end) for every mask token: from the start of its phrase, if any, to the one before it."""
     spans, opened = [], -1
     for position, number in enumerate(ids):
@@ -91,7 +94,7 @@ def _filled(box: tuple[float, float, float, float], item: Item) -> NDArray[np.ui
 def _cells(mask: NDArray[np.uint8], item: Item, config: GlammConfig) -> NDArray[np.bool_]:
     """Cells [T0] of CLIP's grid that a mask [H, W] of the stored picture covers; of a small thing, the best one."""
     size, grid = config.clip.image_size, config.clip.grid
-    placement: Placement = clip_placement((item.sample.height, item.sample.width), size)
+    placement: Placement = clip_placement((item.sample.height, item.sample.width), size, config.clip.fit)
     seen = placement.place_mask((mask > 0).astype(np.uint8), size).astype(np.float32)
     cover = cv2.resize(seen, (grid, grid), interpolation=cv2.INTER_AREA).reshape(-1)
     return (cover > MIN_COVER) | ((cover == cover.max()) & (cover > 0))

@@ -2,25 +2,29 @@
 
 With mixing "types" there is a feed per type of task. For every place in it a source is drawn by its rate, then a sample
 of that, with replacement, as the reference does. A feed of one source, or the walk through several ("walk"), goes
-through all samples in random order, again and again. What a place holds follows from seed and place alone.
+through all samples in random order, again and again. With "pictures" it goes through the pictures, and a row asks
+everything that the sources know about one, in conversations that do not see each other. What a place holds follows from
+seed and place alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 
 from deixis_train.data.formats.errors import DataError
-from deixis_train.glamm.batches import GlammBatch, expand_rows
+from deixis_train.glamm.batches import GlammBatch, expand_rows, share_beginning
 from deixis_train.glamm.conversations import Labeller
 from deixis_train.glamm.features import read_inputs
-from deixis_train.glamm.items import Asking, Item, make_item
+from deixis_train.glamm.items import Asking, Item, join_items, make_item
 from deixis_train.glamm.looking import find_looks
 from deixis_train.glamm.pictures import grounding_size
+from deixis_train.glamm.pointing import find_pointed
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.training.features import FeatureStore
 from deixis_train.training.micro import Samples, shuffled
@@ -54,16 +58,37 @@ class ItemSource:
     def learns_masks(self) -> bool:
         return "mask" in self.spec.losses
 
+    @cached_property
+    def of_picture(self) -> Mapping[str, list[int]]:
+        """Numbers of the samples about each picture."""
+        found: dict[str, list[int]] = {}
+        for index in range(len(self.samples)):
+            found.setdefault(self.samples[index].key, []).append(index)
+        return found
+
+    def try_item(self, index: int, rng: np.random.Generator) -> Item | None:
+        """Of that sample; of questions, with others about the same picture. None if there is nothing to ask for."""
+        sample = self.samples[index]
+        found = make_item(sample, self.asking, rng)
+        if found is None or self.asking.task != "ask" or self.asking.most <= 1:
+            return found
+        others = [other for other in self.of_picture[sample.key] if other != index]
+        chosen = [self.samples[others[k]] for k in rng.permutation(len(others))[: self.asking.most - 1]]
+        return join_items([found, *(more for s in chosen if (more := make_item(s, self.asking, rng)) is not None)])
+
     def item(self, index: int, rng: np.random.Generator) -> Item:
         """Of that sample, or of another one if it has nothing to ask for. Raises DataError if none has."""
         for _ in range(TRIES):
-            found = make_item(self.samples[index], self.asking, rng)
+            found = self.try_item(index, rng)
             if found is not None:
                 return found
             index = int(rng.integers(len(self.samples)))
         raise DataError(
             f"source {self.spec.name!r}: {TRIES} samples in a row have nothing for the task {self.asking.task!r}"
         )
+
+
+Chosen = list[tuple[ItemSource, Item]]  # what a row asks: its conversations and their sources
 
 
 @dataclass
@@ -74,12 +99,13 @@ class ItemFeed:
     model: Glamm
     labeller: Labeller
     sources: Sequence[ItemSource]
-    order: Literal["draw", "walk"]
+    order: Literal["draw", "walk", "pictures"]
     seed: int
     weight: float = 1.0
     factor: float = 1.0
     pictures: int = 0
     looks: bool = False  # batches say where states should look
+    points: bool = False  # batches say where the things are
 
     def __post_init__(self) -> None:
         if len({source.learns_masks for source in self.sources if TYPE_OF[source.spec.task] == "mask"}) > 1:
@@ -88,12 +114,14 @@ class ItemFeed:
             )
         self._rates = np.array([source.spec.weight for source in self.sources], float)
         self._ends = np.cumsum([len(source.samples) for source in self.sources])
+        by_picture = [source.of_picture for source in self.sources] if self.order == "pictures" else []
+        self._pictures = list(dict.fromkeys(name for pictures in by_picture for name in pictures))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._pictures) if self.order == "pictures" else int(self._ends[-1])
 
     def choose(self, start: int, count: int) -> list[tuple[ItemSource, Item]]:
-        """The items at the places `start`.. and their sources."""
+        """The items at the places `start`.. and their sources; not for "pictures"."""
         draws = [np.random.default_rng((self.seed, 2, start + k)) for k in range(count)]
         if self.order == "walk":
             places = [self._place(n) for n in shuffled(len(self), self.seed, start, count)]
@@ -108,11 +136,31 @@ class ItemFeed:
             chosen.append((source, source.item(index, rng)))
         return chosen
 
+    def choose_rows(self, start: int, count: int) -> list[Chosen]:
+        """What the rows at the places `start`.. ask. Raises DataError for a picture that nothing can be asked about."""
+        if self.order != "pictures":
+            return [[one] for one in self.choose(start, count)]
+        rows = []
+        for place, number in enumerate(shuffled(len(self), self.seed, start, count), start=start):
+            rng, name = np.random.default_rng((self.seed, 2, place)), self._pictures[number]
+            row: Chosen = []
+            for source in self.sources:
+                if name in source.of_picture:
+                    item = source.try_item(int(rng.choice(source.of_picture[name])), rng)
+                    row += [(source, item)] if item is not None else []
+            if not row:
+                raise DataError(f"sources of {self.name!r}: there is nothing to ask about {name}")
+            rows.append(row)
+        return rows
+
     def make(self, start: int, count: int) -> GlammMicro:
-        chosen = self.choose(start, count)
-        batch = make_batch(chosen, self.model, self.labeller)
+        chosen = self.choose_rows(start, count)
+        batch, config = make_batch(chosen, self.model, self.labeller), self.model.config
+        items = [[item for _, item in row] for row in chosen]
         if self.looks:
-            batch.look = find_looks([item for _, item in chosen], batch.rows, self.model.config)
+            batch.look = find_looks(items, batch.rows, config)
+        if self.points:
+            batch.pointed = find_pointed(items, batch.rows, config)
         return GlammMicro(self.name, self.factor, batch)
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -120,16 +168,23 @@ class ItemFeed:
         return source, number - (int(self._ends[source - 1]) if source else 0)
 
 
-def make_batch(chosen: Sequence[tuple[ItemSource, Item]], model: Glamm, labeller: Labeller) -> GlammBatch:
-    """The batch of some items. What frozen encoders see is taken from their stores, where there are any."""
-    config, items = model.config, [item for _, item in chosen]
-    said = [labeller(item.turns, source.spec.text_length) for source, item in chosen]
+def make_batch(chosen: Sequence[Chosen], model: Glamm, labeller: Labeller) -> GlammBatch:
+    """The batch of some rows. What frozen encoders see is taken from their stores, where there are any."""
+    config = model.config
+    said = [[labeller(item.turns, source.spec.text_length) for source, item in row] for row in chosen]
+    together = [share_beginning([ids for ids, _ in row], [labels for _, labels in row]) for row in said]
+    first = [row[0] for row in chosen]
+    items = [join_items([item for _, item in row]) for row in chosen]
     picture = list(range(len(items)))
     counts = [len(item.boxes) for item in items]
-    rows = expand_rows([i for i, _ in said], [labels for _, labels in said], picture, counts, config, len(items))
+    ways = [way for _, _, way in together] if any(len(row) > 1 for row in chosen) else None
+    ids, labels = [ids for ids, _, _ in together], [labels for _, labels, _ in together]
+    rows = expand_rows(ids, labels, picture, counts, config, len(items), ways)
     batch = GlammBatch(rows, torch.tensor(picture))
-    masked = any(source.learns_masks for source, _ in chosen)
-    stores = chosen[0][0].stores
+    # Of the sources of a row, one that learns masks has the stores for it.
+    learning = [next((one for one in row if one[0].learns_masks), row[0]) for row in chosen]
+    masked = any(source.learns_masks for source, _ in learning)
+    stores = learning[0][0].stores
     reads_small, reads_grounding = "clip" not in stores, masked and "sam" not in stores
     if reads_small or reads_grounding:
         seen = [read_inputs(i.sample.image, model, small=reads_small, grounding=reads_grounding) for i in items]
@@ -138,11 +193,11 @@ def make_batch(chosen: Sequence[tuple[ItemSource, Item]], model: Glamm, labeller
         if reads_grounding:
             batch.grounding_images = torch.from_numpy(np.stack([s.grounding for s in seen if s.grounding is not None]))
     if "clip" in stores:
-        levels = torch.from_numpy(_stored(chosen, "clip"))
+        levels = torch.from_numpy(_stored(first, "clip"))
         batch.levels = list(levels.unbind(1))
     if masked:
         if "sam" in stores:
-            batch.sam = torch.from_numpy(_stored(chosen, "sam"))
+            batch.sam = torch.from_numpy(_stored(learning, "sam"))
         sizes = [_valid(item, config.image_size) for item in items]
         batch.valid_hw = torch.tensor(sizes, dtype=torch.float32)
         batch.masks = [torch.from_numpy(_masks(item)) for item in items]

@@ -27,6 +27,7 @@ class Outcome:
     logits: Tensor | None = None  # [N, vocab], where a next token counts
     wanted: Tensor | None = None  # [N], that token
     look: Tensor | None = None  # see `looking`; None where the batch does not say where to look
+    states: Tensor | None = None  # [R, L, D], after the final norm
 
 
 def training_outcome(model: Glamm, batch: GlammBatch) -> Outcome:
@@ -46,11 +47,11 @@ def training_outcome(model: Glamm, batch: GlammBatch) -> Outcome:
     logits, wanted = model.llama.head(states[counted]), rows.labels[:, 1:][counted[:, :-1]]
     ce = next_token_loss(logits, wanted)
     if batch.masks is None:
-        return Outcome(ce, None, None, [], logits, wanted, look)
+        return Outcome(ce, None, None, [], logits, wanted, look, states)
     sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in batch.masks]
     masks = predicted_masks(model, batch, states, sizes)
     bce, dice = mask_losses(masks, batch.masks)
-    return Outcome(ce, bce, dice, masks, logits, wanted, look)
+    return Outcome(ce, bce, dice, masks, logits, wanted, look, states)
 
 
 def total_loss(
@@ -76,7 +77,7 @@ def language_states(model: Glamm, batch: GlammBatch) -> Tensor:
         regions = model.encode_regions(levels, batch.boxes, batch.box_picture)
         visual = torch.cat([visual, regions.to(visual.dtype)])
     embeds = model.splice(batch.rows.ids, visual, batch.rows.embed_index)
-    return model.llama(embeds, batch.rows.valid)
+    return model.llama(embeds, batch.rows.valid, branch=batch.rows.branch)
 
 
 def picture_features(model: Glamm, batch: GlammBatch) -> tuple[Tensor, list[Tensor]]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deixis_train.glamm.batches import Pointed
 from deixis_train.glamm.features import normalized
 from deixis_train.glamm.mixture import GlammMicro
 from deixis_train.glamm.objective import Outcome, training_outcome
+from deixis_train.glamm.pointing import place_loss, pointing_states, told_boxes
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.training import objectives
 from deixis_train.training.cells import CellHeads, Names, cell_figures, cell_losses
@@ -21,11 +23,13 @@ from deixis_train.training.recipe import StageSpec
 
 
 class GlammHelpers(nn.Module):
-    """Read-outs of the dense objective on CLIP's map; thrown away afterwards. None without names of things."""
+    """Read-outs, thrown away afterwards: of the dense objective on CLIP's map, None without names of things, and of
+    the boxes that states tell."""
 
     def __init__(self, model: Glamm, names: Names) -> None:
         super().__init__()
         self.grid = CellHeads(model.config.clip.embed_dim, names) if names.kinds else None
+        self.box = nn.Linear(model.config.llama.emb, 4)
 
 
 class GlammObjective:
@@ -58,7 +62,18 @@ class GlammObjective:
             terms |= {"bce": weights.bce * outcome.bce, "dice": weights.dice * outcome.dice}
         if outcome.look is not None:
             terms["look"] = self.stage.auxiliary.look * outcome.look
-        return objectives.Outcome(terms, _figures(outcome, micro.batch.masks))
+        figures = _figures(outcome, micro.batch.masks)
+        if micro.batch.pointed is not None and outcome.states is not None:
+            self._point(micro.batch.pointed, outcome.states, terms, figures)
+        return objectives.Outcome(terms, figures)
+
+    def _point(self, pointed: Pointed, states: Tensor, terms: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
+        auxiliary, chosen = self.stage.auxiliary, pointing_states(states, pointed)
+        if auxiliary.box:
+            loss, figures["box_IoU"] = told_boxes(self.helpers.box(chosen), pointed)
+            terms["box"] = auxiliary.box * loss
+        if auxiliary.place:
+            terms["place"] = auxiliary.place * place_loss(self.model, chosen, pointed)
 
 
 @contextmanager

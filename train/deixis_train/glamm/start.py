@@ -48,7 +48,7 @@ def model_config(recipe: Recipe) -> GlammConfig:
         raise RecipeError(f"model.{given[0]}: GLaMM has no such choice")
     if given := [name for name in ("eva02", "t5") if getattr(recipe.init, name)]:
         raise RecipeError(f"init.{given[0]}: GLaMM has no such part")
-    config = GLAMM_PRESETS[recipe.preset]
+    config = replace(GLAMM_PRESETS[recipe.preset], system=recipe.conversation.system)
     return with_lora(config, config.llama.lora_rank if spec.lora_rank is None else spec.lora_rank)
 
 
@@ -118,7 +118,8 @@ def _from_other(config: GlammConfig, other: Glamm, where: Path) -> Glamm:
         raise RecipeError(
             f"init: {where} holds the model {other.config.name!r}, the recipe's preset is {config.name!r}"
         )
-    model = Glamm(with_lora(other.config, config.llama.lora_rank))
+    system = other.config.system if config.system is None else config.system
+    model = Glamm(with_lora(replace(other.config, system=system), config.llama.lora_rank))
     own = model.state_dict(keep_vars=True)
     for name, value in other.state_dict().items():
         own[name].copy_(value)

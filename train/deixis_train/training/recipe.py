@@ -89,13 +89,16 @@ class Auxiliary:
 
     match: which image tokens belong to the thing that a row means. look: cross-attention goes to the cells of what a
     token points at. cells: the dense objective on the extractor's image tokens. standardize: the extractor is trained
-    on features of equal spread; the scale goes into its weights at the end.
+    on features of equal spread; the scale goes into its weights at the end. box, place: what stands for a mask tells
+    the thing's box, and is led to SAM's code of a click on it (`glamm.pointing`).
     """
 
     match: float = 0.0
     look: float = 0.0
     cells: float = 0.0
     standardize: bool = False
+    box: float = 0.0
+    place: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class SourceSpec:
 
     kind, options, max_skipped: see `data.formats.open_source`. weight: share of the steps with mixing "draw", of the
     samples with mixing "types", factor of its losses with mixing "all". pictures: of a step, with mixing "all". task:
-    what GLaMM asks about its samples. rows: most rows of a picture; 0 is one, or the task's own. instructions (or
+    what GLaMM asks about its samples. rows: most rows of a picture; 0 is one, or the task's own; of the task "ask",
+    most conversations about it that become one. instructions (or
     instruction_set, one of the reference's lists), referring, prefix_split, scale, flip, alignment and jitter
     (prompt_jitter) go to `data.preparation`. point_prompts: share of the batches that ask by a click instead of a box.
     instances: COCO-style annotations of the things in the pictures, for the objectives that need them.
@@ -143,7 +147,7 @@ class StageSpec:
 
     mixing: "draw" takes one source in a step, "all" some of every source. GLaMM's: "types" draws a type of task by
     `types`, then for every picture a source and a sample of it; "walk" goes through all samples of all sources, in
-    random order.
+    random order; "pictures" goes through the pictures, and asks all sources about each, in one row.
 
     dropout acts in the parts that train; with dropout_in_frozen in the frozen ones as well, as the reference has it.
     cache: which features of frozen encoders are kept on disk; "small" is the input of the semantic encoder, small and
@@ -158,7 +162,7 @@ class StageSpec:
     train: tuple[Part, ...]
     sources: tuple[SourceSpec, ...]
     objective: Objective = "text"
-    mixing: Literal["draw", "all", "types", "walk"] = "draw"
+    mixing: Literal["draw", "all", "types", "walk", "pictures"] = "draw"
     types: Mapping[str, float] = field(default_factory=dict)
     batch: int = 0
     micro_batch: int = 0
@@ -206,6 +210,14 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """How GLaMM is spoken to. system: text that every conversation begins with; None: the published one, or that of the
+    checkpoint which the run begins with."""
+
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class Init:
     """What the model starts from; nothing named: from nothing.
 
@@ -240,6 +252,7 @@ class Recipe:
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the checkpoint's matrices
     model: ModelSpec = field(default_factory=ModelSpec)
     init: Init = field(default_factory=Init)
+    conversation: Conversation = field(default_factory=Conversation)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # overrides of the bundle's task table
 
 
@@ -287,6 +300,8 @@ def _check(recipe: Recipe, file: str) -> None:
         raise RecipeError(
             f"{file}: masks are learned from boxes of the location head: set localisation to 'regression'"
         )
+    if recipe.conversation.system is not None and recipe.family != "glamm":
+        raise RecipeError(f'{file}: conversation.system needs family = "glamm"')
     for stage in recipe.stages:
         at = f"{file}: stages ({stage.name})"
         _check_stage(stage, at)
@@ -322,15 +337,18 @@ def _check_family(family: Family, stage: StageSpec, at: str) -> None:
     """Raise RecipeError for what the other family has."""
     sources = (*stage.sources, *stage.held_out)
     if family == "pixelllm":
-        if "clip" in stage.cache or stage.mixing in ("types", "walk") or any(source.task for source in sources):
+        glamm_only = ("types", "walk", "pictures")
+        if "clip" in stage.cache or stage.mixing in glamm_only or any(source.task for source in sources):
             raise RecipeError(f"{at}: 'clip' in cache, tasks, and mixing {stage.mixing!r} need family = \"glamm\"")
+        if stage.auxiliary.box or stage.auxiliary.place:
+            raise RecipeError(f"{at}.auxiliary: 'box' and 'place' need family = \"glamm\"")
         return
     if stage.objective == "prompt_grid" or "semantic" in stage.cache or stage.fused_attention:
         raise RecipeError(f"{at}: objective 'prompt_grid', 'semantic' in cache and fused_attention are PixelLLM's")
     if stage.objective == "grid":
         return
     if stage.auxiliary.match or stage.auxiliary.cells or stage.auxiliary.standardize:
-        raise RecipeError(f"{at}.auxiliary: of these, GLaMM has 'look' alone")
+        raise RecipeError(f"{at}.auxiliary: GLaMM has 'look', 'box' and 'place'")
     if stage.auxiliary.look and stage.recompute:
         raise RecipeError(f"{at}.recompute: attention that is led cannot be computed again; leave out auxiliary.look")
     if lacking := [source.name for source in sources if not source.task]:

@@ -120,6 +120,7 @@ class GlammConfig:
     mask_prompt_channels: int = 0
     mask_decoder: MaskDecoderConfig = field(default_factory=MaskDecoderConfig)
     ids: SpecialIds = field(default_factory=SpecialIds)
+    system: str | None = None  # text that every conversation begins with; None: the published one
     max_new_tokens: int = 512
     max_question_tokens: int = 384
     pixel_mean_clip: tuple[float, ...] = OPENAI_MEAN

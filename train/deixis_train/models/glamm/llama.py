@@ -141,12 +141,18 @@ class Llama(nn.Module):
         return F.linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [S, Dh] of integer positions [S]; the angles are computed in float32."""
-        angles = positions.to(torch.float32)[:, None] * self.inverse_frequencies.float()
+        """Cosines and sines [..., S, Dh] of integer positions [..., S]; the angles are computed in float32."""
+        angles = positions.to(torch.float32)[..., None] * self.inverse_frequencies.float()
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, embeds: Tensor, valid: Tensor | None = None, layers: int | None = None) -> Tensor:
+    def forward(
+        self,
+        embeds: Tensor,
+        valid: Tensor | None = None,
+        layers: int | None = None,
+        branch: Tensor | None = None,
+    ) -> Tensor:
         """Whole rows, each position seeing itself and the valid ones before it.
 
         Args:
@@ -154,17 +160,25 @@ class Llama(nn.Module):
             valid: [R, L] bool, False on padding. Positions count from the start of a row whatever is valid, and what
                 comes out at padding means nothing. None: all are valid.
             layers: stop behind that many layers, without the final norm; None runs all.
+            branch: [R, L] int64, for rows that go on in several ways from one beginning: 0 for what they share, then
+                1, 2 ... for each continuation, which sees the beginning and itself, and counts its positions as if
+                the others were not there. None: one way.
 
         Returns:
             States [R, L, D], after the final norm.
         """
         positions = torch.arange(embeds.shape[1], device=embeds.device)
         allowed = (positions[None, :] <= positions[:, None])[None, None]
+        counted = positions
+        if branch is not None:
+            key, query = branch[:, None, None, :], branch[:, None, :, None]
+            allowed = allowed & ((key == 0) | (key == query))
+            counted = allowed.sum(-1) - 1  # [R, 1, L]
         if valid is not None:
             # A position always sees itself: a row of scores without any key would become NaN.
             own = positions[None, :] == positions[:, None]
             allowed = allowed & (valid[:, None, None, :] | own)
-        cosine, sine = self._rotation(positions, embeds.dtype)
+        cosine, sine = self._rotation(counted, embeds.dtype)
         x = embeds
         for layer in self.layers[:layers]:
             x = layer(x, allowed, cosine, sine)
