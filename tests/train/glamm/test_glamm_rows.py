@@ -69,14 +69,39 @@ def test_only_what_begins_alike_can_share() -> None:
             share_beginning([TOLD[0], other], [WANTED[0], [IGNORED] * len(other)])
 
 
-def test_a_picture_is_asked_everything_once_an_epoch(tmp_path: Path) -> None:
+def begun(name: str, folder: Path) -> GlammRun:
+    """A run of one stage of the demo, at the size of tests."""
     recipe = load_recipe("tabletop-glamm")
-    [stage] = [stage for stage in recipe.stages if stage.name == "language"]
-    none = replace(recipe.init, mobile_sam=None)
-    recipe = replace(recipe, preset="glamm-tiny", init=none, stages=(replace(stage, precision="fp32"),))
-    make_data(tmp_path / "data", recipe)
-    (tmp_path / "run").mkdir()
-    run = GlammRun(recipe, Corpus(tmp_path / "data", tmp_path / "features", lambda line: None), tmp_path / "run")
+    [stage] = [stage for stage in recipe.stages if stage.name == name]
+    stage = replace(stage, precision="fp32", cache=(), masks_per_picture=0)
+    recipe = replace(recipe, preset="glamm-tiny", init=replace(recipe.init, mobile_sam=None), stages=(stage,))
+    make_data(folder / "data", recipe)
+    (folder / "run").mkdir()
+    return GlammRun(recipe, Corpus(folder / "data", folder / "features", lambda line: None), folder / "run")
+
+
+def test_masks_that_are_not_drawn_are_not_decoded(tmp_path: Path) -> None:
+    run = begun("masks", tmp_path)
+    run.model.eval()
+    [stage], found = run.recipe.stages, []
+    for most in (0, 1):
+        [feed] = run.feeds(replace(stage, masks_per_picture=most), stage.sources, 0, writer=True)
+        assert isinstance(feed, ItemFeed)
+        batch = feed.make(0, 2).batch
+        with torch.no_grad():
+            found.append((batch, training_outcome(run.model, batch).masks))
+    (whole, every), (part, some) = found
+    assert part.decoded is not None and len(part.decoded) == 2 and whole.masks is not None and part.masks is not None
+    counts = [len(masks) for masks in whole.masks]
+    assert max(counts) > 1
+    for picture, number in enumerate((int(part.decoded[0]), int(part.decoded[1]) - counts[0])):
+        assert torch.equal(part.masks[picture][0], whole.masks[picture][number])
+        torch.testing.assert_close(some[picture][0], every[picture][number], rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_is_asked_everything_once_an_epoch(tmp_path: Path) -> None:
+    run = begun("language", tmp_path)
+    recipe = run.recipe
     assert run.model.config.system == recipe.conversation.system  # so the checkpoint, and the bundle, say it
     [stage] = recipe.stages
     [feed] = run.feeds(stage, stage.sources, 0, writer=True)

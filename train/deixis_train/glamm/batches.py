@@ -66,7 +66,11 @@ class GlammBatch:
     valid_hw: Tensor | None = None  # [B, 2] real height and width of the grounding input, px
     look: Look | None = None  # where states should look
     pointed: Pointed | None = None  # where the things are that are meant
-    masks: list[Tensor] | None = None  # per picture [m, H, W] 0/1 at the size of its masks; None: no mask is learned
+    # [M] int64: which of the [SEG]s, counted through all rows, are decoded; None: all
+    decoded: Tensor | None = None
+    masks: list[Tensor] | None = (
+        None  # of those, per picture [m, H, W] 0/1 at the size of its masks; None: no mask is learned
+    )
 
     @property
     def pictures(self) -> int:

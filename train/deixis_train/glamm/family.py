@@ -58,7 +58,14 @@ class GlammRun:
         sources = [self._source(stage, spec, writer) for spec in specs]
         auxiliary = stage.auxiliary
         points = auxiliary.box > 0 or auxiliary.place > 0
-        feed = partial(ItemFeed, model=self.model, labeller=self._labeller, looks=auxiliary.look > 0, points=points)
+        feed = partial(
+            ItemFeed,
+            model=self.model,
+            labeller=self._labeller,
+            looks=auxiliary.look > 0,
+            points=points,
+            most_masks=stage.masks_per_picture,
+        )
         if stage.mixing == "types" and specs is stage.sources:
             found = {kind: [s for s in sources if TYPE_OF[s.spec.task] == kind] for kind in stage.types}
             return [

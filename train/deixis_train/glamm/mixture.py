@@ -106,6 +106,7 @@ class ItemFeed:
     pictures: int = 0
     looks: bool = False  # batches say where states should look
     points: bool = False  # batches say where the things are
+    most_masks: int = 0  # that are decoded of a picture; 0: all
 
     def __post_init__(self) -> None:
         if len({source.learns_masks for source in self.sources if TYPE_OF[source.spec.task] == "mask"}) > 1:
@@ -161,6 +162,8 @@ class ItemFeed:
             batch.look = find_looks(items, batch.rows, config)
         if self.points:
             batch.pointed = find_pointed(items, batch.rows, config)
+        if self.most_masks and batch.masks is not None:
+            _draw_masks(batch, self.most_masks, config.ids.mask, np.random.default_rng((self.seed, 3, start)))
         return GlammMicro(self.name, self.factor, batch)
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -206,6 +209,16 @@ def make_batch(chosen: Sequence[Chosen], model: Glamm, labeller: Labeller) -> Gl
         batch.boxes = torch.from_numpy(np.concatenate(sides))
         batch.box_picture = torch.tensor([p for p, count in zip(picture, counts, strict=True) for _ in range(count)])
     return batch
+
+
+def _draw_masks(batch: GlammBatch, most: int, mask_id: int, rng: np.random.Generator) -> None:
+    """Leave at most so many of every picture's masks to be decoded. A row is a picture."""
+    assert batch.masks is not None
+    counts = (batch.rows.ids == mask_id).sum(1).tolist()
+    drawn = [np.sort(rng.permutation(count)[:most]) for count in counts]
+    before = np.cumsum([0, *counts[:-1]])
+    batch.decoded = torch.from_numpy(np.concatenate([own + first for own, first in zip(drawn, before, strict=True)]))
+    batch.masks = [masks[torch.from_numpy(own)] for masks, own in zip(batch.masks, drawn, strict=True)]
 
 
 def _stored(chosen: Sequence[tuple[ItemSource, Item]], what: str) -> np.ndarray:

@@ -112,6 +112,8 @@ def predicted_masks(model: Glamm, batch: GlammBatch, states: Tensor, sizes: list
         sam = model.encode_grounding(batch.grounding_images.float(), batch.valid_hw)
     sam = sam.float()
     chosen, row = mask_states(batch.rows, states, model.config.ids.mask)
+    if batch.decoded is not None:
+        chosen, row = chosen[batch.decoded], row[batch.decoded]
     picture = batch.picture[row]
     logits, _ = model.decode_masks(chosen, sam, picture)
     masks = []

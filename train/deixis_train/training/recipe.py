@@ -153,7 +153,8 @@ class StageSpec:
     cache: which features of frozen encoders are kept on disk; "small" is the input of the semantic encoder, small and
     in bytes, for a stage of objective "prompt_grid" in which that encoder learns.
     fused_attention: the text encoder attends in one kernel; its table of distances is then frozen, and dropout must be
-    off. recompute: the language model's blocks are computed again in the backward pass, instead of being kept.
+    off. masks_per_picture: how many of a picture's masks GLaMM decodes, drawn anew each time; 0: all. recompute: the
+    language model's blocks are computed again in the backward pass, instead of being kept.
     """
 
     name: str
@@ -179,6 +180,7 @@ class StageSpec:
     fused_attention: bool = False
     recompute: bool = False
     cache: tuple[Literal["sam", "semantic", "small", "clip"], ...] = ()
+    masks_per_picture: int = 0
     losses: Losses = field(default_factory=Losses)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
     held_out: tuple[SourceSpec, ...] = ()
