@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import torch
 
 from deixis.bundle import Bundle
 from deixis.errors import ExportError
+from deixis_export import routes
+from deixis_export.bundle_parts import ExportOptions
 from deixis_export.cases_glamm import OTHER, make_cases
-from deixis_export.export import ExportOptions
 from deixis_export.families import GLAMM
 from deixis_export.graph_spec import run_torch
 from deixis_export.presets_glamm import random_glamm, random_glamm_tokenizer
@@ -26,7 +28,8 @@ from deixis_export.session import GraphSession, relative_error
 from deixis_export.shells import is_blank, shell
 from deixis_export.sources import WeightSource, from_module, lent, published, random_weights
 from deixis_export.streamed import StreamOptions, export_streamed, is_large
-from deixis_export.weights import round_to_fp16
+from deixis_export.streamed_graph import stream
+from deixis_export.weights import PrecisionName, round_to_fp16
 from deixis_train.loaders.glamm_names import glamm_names
 from deixis_train.models.glamm.config import GLAMM_PRESETS
 from deixis_train.models.glamm.glamm import Glamm
@@ -116,6 +119,34 @@ def test_fp16_is_the_rounded_model(tiny: Glamm, tmp_path: Path) -> None:
     assert relative_error(found, arrays(run_torch(spec, model, cases["decoder_step"]))) < 1e-5
 
 
+def test_a_vocabulary_head_that_is_the_table_is_stored_once(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, llama=dataclasses.replace(TINY.llama, tied=True))
+    model = random_glamm(config)
+    spec, path = GLAMM.graph_specs(model)["decoder_step"], tmp_path / "decoder_step.onnx"
+    stream(spec, shell(lambda: Glamm(config)), from_module(model), path, half=False, stream_from=256)
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    assert [i.name for i in stored if i.name.startswith("llama.embed_tokens")] == ["llama.embed_tokens.weight"]
+    case = make_cases(model, OTHER, 5)["decoder_step"]
+    with GraphSession(path, threads=1) as session:
+        found = session.run(arrays(case))
+    assert relative_error(found, arrays(run_torch(spec, model, case))) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_room_on_the_disk_is_looked_at_first(
+    precision: PrecisionName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    out = tmp_path / "new" / "bundle"
+    with pytest.raises(ExportError, match=r"needs \d+\.\d GB of disk, 3\.2 GB are free") as caught:
+        routes.export_random("glamm-7b", out, options=ExportOptions(precision), force=False)
+    needed = float(re.findall(r"needs ([\d.]+) GB", str(caught.value))[0])
+    weights = 8.02 * (4 if precision == "fp32" else 2)
+    assert weights < needed < 1.2 * weights  # and two layers of the decoder beside it for a while
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_value_beyond_fp16_is_refused_by_name(tiny: Glamm, tmp_path: Path) -> None:
     source = from_module(tiny)
 
@@ -165,6 +196,15 @@ def test_published_weights_are_read_by_their_names(tiny: Glamm) -> None:
         published(model, files)
 
 
+def test_large_models_are_streamed_whatever_they_are_named_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(routes, "is_large", lambda config: True)
+    monkeypatch.setattr(routes, "export_streamed", lambda *a, **options: told.append({"config": a[0], **options}))
+    routes.export_random("glamm-tiny", tmp_path / "b", options=ExportOptions("fp16", seed=4), force=True)
+    assert told[0]["config"] == TINY and told[0]["tokenizer_json"] == random_glamm_tokenizer(TINY)
+    assert told[0]["force"] is True and told[0]["source"] == "random weights, preset glamm-tiny, seed 4"
+
+
 def test_lent_weights_are_there_only_while_a_module_runs(tiny: Glamm) -> None:
     model = shell(lambda: Glamm(TINY))
     ids = torch.arange(6)[None]
@@ -172,6 +212,32 @@ def test_lent_weights_are_there_only_while_a_module_runs(tiny: Glamm) -> None:
         states = model.llama(model.llama.embed(ids))
     assert torch.equal(states, tiny.llama(tiny.llama.embed(ids)))
     assert all(is_blank(p) for p in model.llama.parameters())
+
+
+# The large model's widths, with as few layers as there can be and a small picture for CLIP and the region encoder.
+CUT = dataclasses.replace(
+    BIG,
+    clip=dataclasses.replace(BIG.clip, depth=12, image_size=112),
+    llama=dataclasses.replace(BIG.llama, layers=1, vocab=512),
+    sam=dataclasses.replace(BIG.sam, depth=2, window_block_indexes=(0,)),
+    ids=TINY.ids,
+)
+
+
+@pytest.mark.slow  # some minutes, and 6 GB of memory
+def test_blocks_of_the_large_preset_compute_what_the_model_computes(tmp_path: Path) -> None:
+    """One layer of LLaMA, blocks of CLIP, a windowed and a global block of SAM, the region encoder, at full width."""
+    bundle = export_streamed(
+        CUT,
+        lambda model: random_weights(model, 0),
+        tmp_path / "bundle",
+        tokenizer_json=random_glamm_tokenizer(TINY),
+        options=ExportOptions("fp16"),
+    )
+    parity = bundle.manifest.parity
+    print({name: f"{record.error:.1e}" for name, record in parity.items()})
+    assert set(parity) == {f"graph/{role}" for role in ROLES}  # whole graphs, none by its first layers
+    assert all(record.error <= 1e-4 for record in parity.values())
 
 
 # One graph of the large preset, written by a process of its own so that its peak can be read.
