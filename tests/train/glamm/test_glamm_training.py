@@ -182,7 +182,7 @@ def test_cached_features_give_the_losses_of_pictures(tmp_path: Path) -> None:
     run = begun(recipe, tmp_path)
     run.model.eval()
     losses = []
-    for stage in (masks, replace(masks, cache=())):
+    for stage in (replace(masks, cache=("clip", "sam")), replace(masks, cache=())):
         [feed] = run.feeds(stage, stage.sources, 0, writer=True)
         with torch.no_grad():
             losses.append(run.objective(stage)(feed.make(0, 3)).terms)
