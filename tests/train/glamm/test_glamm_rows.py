@@ -17,9 +17,9 @@ from deixis.conversation import IGNORED, IMAGE_ID
 from deixis_train.data.samples import Sample
 from deixis_train.glamm.batches import GlammBatch, Rows, expand_rows, share_beginning
 from deixis_train.glamm.family import GlammRun
+from deixis_train.glamm.forward import mask_states, training_outcome
 from deixis_train.glamm.items import Item, join_items
 from deixis_train.glamm.mixture import ItemFeed
-from deixis_train.glamm.objective import mask_states, training_outcome
 from deixis_train.glamm.pointing import box_and_place, find_pointed, place_loss, told_boxes
 from deixis_train.models.glamm.config import GLAMM_PRESETS
 from deixis_train.models.glamm.glamm import Glamm

@@ -16,8 +16,8 @@ from deixis_train.glamm.conversations import Labeller
 from deixis_train.glamm.features import fill, store_of
 from deixis_train.glamm.items import Asking
 from deixis_train.glamm.mixture import ItemFeed, ItemSource
+from deixis_train.glamm.objective import GlammHelpers, GlammObjective
 from deixis_train.glamm.pictures import seen_by_clip
-from deixis_train.glamm.stage import GlammHelpers, GlammObjective
 from deixis_train.glamm.start import start, with_lora
 from deixis_train.glamm.templates import QUESTIONS, SEGMENT_ANSWERS
 from deixis_train.models.glamm.config import ClipConfig

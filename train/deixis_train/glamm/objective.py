@@ -1,123 +1,109 @@
-"""What GLaMM learns from a batch (section 9.1): next tokens, and the masks of every [SEG] of the given text."""
+"""What a stage of GLaMM's training minimises: its own losses, or the dense objective on CLIP's grid."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from deixis_train.glamm.batches import GlammBatch, Rows
-from deixis_train.glamm.looking import looking_loss, watched
-from deixis_train.losses.grounding import mask_losses, next_token_loss, predicting
+from deixis_train.glamm.batches import Pointed
+from deixis_train.glamm.features import normalized
+from deixis_train.glamm.forward import GlammOutcome, training_outcome
+from deixis_train.glamm.mixture import GlammMicro
+from deixis_train.glamm.pointing import place_loss, pointing_states, told_boxes
 from deixis_train.models.glamm.glamm import Glamm
-from deixis_train.models.glamm.reference import postprocess
-
-CE_WEIGHT, BCE_WEIGHT, DICE_WEIGHT = 1.0, 2.0, 0.5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Losses without weights. `bce` and `dice` are None where no mask is learned."""
-
-    ce: Tensor
-    bce: Tensor | None
-    dice: Tensor | None
-    masks: list[Tensor] = field(default_factory=list)  # logits of each picture [m, H, W], at the size of its masks
-    logits: Tensor | None = None  # [N, vocab], where a next token counts
-    wanted: Tensor | None = None  # [N], that token
-    look: Tensor | None = None  # see `looking`; None where the batch does not say where to look
-    states: Tensor | None = None  # [R, L, D], after the final norm
+from deixis_train.training import objectives
+from deixis_train.training.cells import CellHeads, Names, cell_figures, cell_losses
+from deixis_train.training.micro import Micro
+from deixis_train.training.recipe import StageSpec
 
 
-def training_outcome(model: Glamm, batch: GlammBatch) -> Outcome:
-    """One forward pass in training. Gradients flow into whatever parameters ask for them.
+class GlammHelpers(nn.Module):
+    """Read-outs, thrown away afterwards: of the dense objective on CLIP's map, None without names of things, and of
+    the boxes that states tell."""
 
-    Raises:
-        ValueError: a picture has more [SEG]s than masks.
-    """
-    if batch.look is None:
-        look, states = None, language_states(model, batch)
-    else:
-        with watched(model.llama, batch.look) as kept:
-            states = language_states(model, batch)
-        look = looking_loss(kept)
-    rows = batch.rows
-    counted = predicting(rows.labels)
-    logits, wanted = model.llama.head(states[counted]), rows.labels[:, 1:][counted[:, :-1]]
-    ce = next_token_loss(logits, wanted)
-    if batch.masks is None:
-        return Outcome(ce, None, None, [], logits, wanted, look, states)
-    sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in batch.masks]
-    masks = predicted_masks(model, batch, states, sizes)
-    bce, dice = mask_losses(masks, batch.masks)
-    return Outcome(ce, bce, dice, masks, logits, wanted, look, states)
+    def __init__(self, model: Glamm, names: Names) -> None:
+        super().__init__()
+        self.grid = CellHeads(model.config.clip.embed_dim, names) if names.kinds else None
+        self.box = nn.Linear(model.config.llama.emb, 4)
 
 
-def total_loss(
-    outcome: Outcome, *, text: float = CE_WEIGHT, bce: float = BCE_WEIGHT, dice: float = DICE_WEIGHT
-) -> Tensor:
-    """The weighted sum that is descended."""
-    total = text * outcome.ce
-    if outcome.bce is not None and outcome.dice is not None:
-        total = total + bce * outcome.bce + dice * outcome.dice
-    return total
+class GlammObjective:
+    """See `training.family.StageObjective`."""
+
+    def __init__(self, model: Glamm, helpers: GlammHelpers, stage: StageSpec) -> None:
+        self.model, self.helpers, self.stage = model, helpers, stage
+
+    def __call__(self, micro: GlammMicro | Micro) -> objectives.Outcome:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+            outcome = self._grid(micro) if isinstance(micro, Micro) else self._own(micro)
+        outcome.terms = {name: micro.weight * term for name, term in outcome.terms.items()}
+        return outcome
+
+    def _grid(self, micro: Micro) -> objectives.Outcome:
+        assert micro.small is not None and micro.occupied is not None and micro.targets is not None
+        assert self.helpers.grid is not None
+        state = self.model.clip(normalized(self.model, micro.small))[-1][:, 1:]
+        seen = self.helpers.grid(state.unflatten(1, micro.occupied.shape[1:]))
+        terms = cell_losses(seen, micro.occupied, micro.targets)
+        return objectives.Outcome(terms, cell_figures(seen, micro.occupied, micro.targets))
+
+    def _own(self, micro: GlammMicro) -> objectives.Outcome:
+        weights = self.stage.losses
+        with _recomputing(self.model, self.stage.recompute):
+            outcome = training_outcome(self.model, micro.batch)
+        terms = {"text": weights.text * outcome.ce}
+        if outcome.bce is not None and outcome.dice is not None:
+            terms |= {"bce": weights.bce * outcome.bce, "dice": weights.dice * outcome.dice}
+        if outcome.look is not None:
+            terms["look"] = self.stage.auxiliary.look * outcome.look
+        figures = _figures(outcome, micro.batch.masks)
+        if micro.batch.pointed is not None and outcome.states is not None:
+            self._point(micro.batch.pointed, outcome.states, terms, figures)
+        return objectives.Outcome(terms, figures)
+
+    def _point(self, pointed: Pointed, states: Tensor, terms: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
+        auxiliary, chosen = self.stage.auxiliary, pointing_states(states, pointed)
+        if auxiliary.box:
+            loss, figures["box_IoU"] = told_boxes(self.helpers.box(chosen), pointed)
+            terms["box"] = auxiliary.box * loss
+        if auxiliary.place:
+            terms["place"] = auxiliary.place * place_loss(self.model, chosen, pointed)
 
 
-def teacher_forced_masks(model: Glamm, batch: GlammBatch, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Mask logits per picture [m, H, W] of the [SEG]s in given text (section 7); `sizes` are heights and widths."""
-    return predicted_masks(model, batch, language_states(model, batch), sizes)
+@contextmanager
+def _recomputing(model: Glamm, active: bool) -> Iterator[None]:
+    """The language model's blocks keep nothing for the backward pass but their inputs."""
+    if not (active and torch.is_grad_enabled()):
+        yield
+        return
+    # `forward` is a method of the class: an attribute of the instance goes before it, and is taken away again.
+    blocks = [vars(layer) for layer in model.llama.layers]
+    for block, layer in zip(blocks, model.llama.layers, strict=True):
+        block["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block["forward"]
 
 
-def language_states(model: Glamm, batch: GlammBatch) -> Tensor:
-    """States [R, L, D] of all rows, after the final norm."""
-    features, levels = picture_features(model, batch)
-    visual = features.flatten(0, 1)
-    if batch.boxes is not None and batch.box_picture is not None and len(batch.boxes):
-        regions = model.encode_regions(levels, batch.boxes, batch.box_picture)
-        visual = torch.cat([visual, regions.to(visual.dtype)])
-    embeds = model.splice(batch.rows.ids, visual, batch.rows.embed_index)
-    return model.llama(embeds, batch.rows.valid, branch=batch.rows.branch)
-
-
-def picture_features(model: Glamm, batch: GlammBatch) -> tuple[Tensor, list[Tensor]]:
-    """Features [B, T0, D] behind the projector, and the maps that the region encoder reads."""
-    if batch.levels is not None:
-        levels = [level.float() for level in batch.levels]
-        return model.projector(levels[-1].flatten(1, 2)), levels
-    if batch.global_images is None:
-        raise ValueError("a batch needs pictures, or what CLIP sees in them")
-    return model.encode_global(batch.global_images.float())
-
-
-def mask_states(rows: Rows, states: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """The states that stand for the [SEG]s: those of the positions before them (section 6.1).
-
-    Returns:
-        States [M, D], row after row, and the row of each [M] int64.
-    """
-    found = (rows.ids[:, 1:] == mask_id) & rows.valid[:, 1:]
-    row, position = found.nonzero(as_tuple=True)
-    return states[row, position], row
-
-
-def predicted_masks(model: Glamm, batch: GlammBatch, states: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Mask logits per picture [m, H, W] at the given (height, width), float32 (sections 6.2 to 6.6)."""
-    if batch.valid_hw is None:
-        raise ValueError("masks need the grounding encoder's pictures, or its maps")
-    sam = batch.sam
-    if sam is None:
-        if batch.grounding_images is None:
-            raise ValueError("masks need the grounding encoder's pictures, or its maps")
-        sam = model.encode_grounding(batch.grounding_images.float(), batch.valid_hw)
-    sam = sam.float()
-    chosen, row = mask_states(batch.rows, states, model.config.ids.mask)
-    if batch.decoded is not None:
-        chosen, row = chosen[batch.decoded], row[batch.decoded]
-    picture = batch.picture[row]
-    logits, _ = model.decode_masks(chosen, sam, picture)
-    masks = []
-    for number, size in enumerate(sizes):
-        height, width = (int(side) for side in batch.valid_hw[number])
-        masks.append(postprocess(logits[picture == number].float(), (height, width), size))
-    return masks
+@torch.no_grad()
+def _figures(outcome: GlammOutcome, masks: list[Tensor] | None) -> dict[str, Tensor]:
+    """Share of next tokens that are right, and the mean IoU of masks."""
+    figures: dict[str, Tensor] = {}
+    if outcome.logits is not None and outcome.wanted is not None and len(outcome.wanted):
+        figures["token_right"] = (outcome.logits.argmax(-1) == outcome.wanted).float().mean()
+    ratios = []
+    for predicted, wanted in zip(outcome.masks, masks or [], strict=False):
+        ours, theirs = predicted > 0, wanted[: len(predicted)] > 0
+        union = (ours | theirs).flatten(1).sum(1)
+        ratios.append((ours & theirs).flatten(1).sum(1) / union.clamp(min=1))
+    if ratios and len(together := torch.cat(ratios)):
+        figures["IoU"] = together.mean()
+    return figures

@@ -14,7 +14,7 @@ from deixis_export.parity.glamm.backend import as_floats
 from deixis_export.parity.glamm.context import GlammContext
 from deixis_export.parity.report import CHAIN_TOLERANCE, EXACT, Absent, Array, GoldenFile, Report
 from deixis_train.glamm.batches import GlammBatch, expand_rows
-from deixis_train.glamm.objective import BCE_WEIGHT, CE_WEIGHT, DICE_WEIGHT, Outcome, total_loss, training_outcome
+from deixis_train.glamm.forward import BCE_WEIGHT, CE_WEIGHT, DICE_WEIGHT, GlammOutcome, total_loss, training_outcome
 from deixis_train.loaders.glamm_names import glamm_names
 from deixis_train.losses.grounding import mask_bce, mask_dice, mask_losses
 
@@ -27,7 +27,7 @@ NORM_FLOOR = 0.05  # smaller norms are sums in which nearly everything cancels
 
 def train_forward(context: GlammContext, file: GoldenFile, report: Report) -> None:
     @lru_cache(maxsize=1)
-    def outcome() -> Outcome:
+    def outcome() -> GlammOutcome:
         with torch.no_grad():
             return training_outcome(context.model, grounded_batch(context, file))
 
@@ -46,7 +46,7 @@ def train_forward(context: GlammContext, file: GoldenFile, report: Report) -> No
 
 def train_forward_region(context: GlammContext, file: GoldenFile, report: Report) -> None:
     @lru_cache(maxsize=1)
-    def outcome() -> Outcome:
+    def outcome() -> GlammOutcome:
         count = len(file["input_ids"])
         boxes = [as_floats(file[f"boxes{number}"]) for number in range(count)]
         with torch.no_grad():
@@ -55,10 +55,10 @@ def train_forward_region(context: GlammContext, file: GoldenFile, report: Report
     _check_losses(file, report, outcome)
 
 
-def _check_losses(file: GoldenFile, report: Report, outcome: Callable[[], Outcome]) -> None:
+def _check_losses(file: GoldenFile, report: Report, outcome: Callable[[], GlammOutcome]) -> None:
     """The file gives the terms with their weights; those of masks are 0 where no masks are learned."""
 
-    def weighted(weight: float, term: Callable[[Outcome], Tensor | None]) -> Callable[[], Array]:
+    def weighted(weight: float, term: Callable[[GlammOutcome], Tensor | None]) -> Callable[[], Array]:
         def run() -> Array:
             value = term(outcome())
             return np.float32(0.0 if value is None else weight * float(value))  # type: ignore[return-value]
@@ -69,7 +69,7 @@ def _check_losses(file: GoldenFile, report: Report, outcome: Callable[[], Outcom
     report.check(file, "loss_mask_bce_loss", weighted(BCE_WEIGHT, lambda o: o.bce))
     report.check(file, "loss_mask_dice_loss", weighted(DICE_WEIGHT, lambda o: o.dice))
 
-    def masks(o: Outcome) -> Tensor | None:
+    def masks(o: GlammOutcome) -> Tensor | None:
         return None if o.bce is None or o.dice is None else BCE_WEIGHT * o.bce + DICE_WEIGHT * o.dice
 
     report.check(file, "loss_mask_loss", weighted(1.0, masks))

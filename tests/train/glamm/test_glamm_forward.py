@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deixis_train.glamm.batches import GlammBatch, expand_rows
-from deixis_train.glamm.objective import teacher_forced_masks, total_loss, training_outcome
+from deixis_train.glamm.forward import teacher_forced_masks, total_loss, training_outcome
 from deixis_train.loaders.glamm_names import config_from_golden, glamm_names, load_glamm_state
 from deixis_train.models.glamm.glamm import Glamm
 
