@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_copies
 import numpy as np
 import pytest
+from golden_copies import edit, silent, statuses
 
 from deixis_export.parity.__main__ import compare, main
 from deixis_export.parity.report import GoldenFile, Report
 from deixis_train.loaders.glamm_names import config_from_golden
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "glamm"
+GOLDEN = golden_copies.GOLDEN / "glamm"
 
 # Fewest arrays that each file must contribute.
 LEAST = {
@@ -41,10 +41,6 @@ LEAST = {
 }
 
 
-def silent(line: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def report() -> Report:
     return compare(GOLDEN, emit=silent)
@@ -56,17 +52,6 @@ def small(tmp_path: Path) -> Path:
     for name in ("manifest.json", "state_dict.npz", "preprocess.npz"):
         shutil.copyfile(GOLDEN / name, tmp_path / name)
     return tmp_path
-
-
-def edit(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    with np.load(path) as arrays:
-        content = dict(arrays)
-    change(content)
-    np.savez(path, **content)  # type: ignore[arg-type]
-
-
-def statuses(report: Report, file: str) -> Counter[str]:
-    return Counter(line.status for line in report.lines if line.file == file)
 
 
 def test_everything_agrees(report: Report) -> None:

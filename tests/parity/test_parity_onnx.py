@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import golden_copies
 
 from deixis_export.parity.__main__ import compare
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "pixelllm"
+GOLDEN = golden_copies.GOLDEN / "pixelllm"
 
 # What the graphs and the runtime emit: at least so many arrays of each file.
 LEAST = {

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import golden_copies
 import numpy as np
 import pytest
+from golden_copies import edit, silent, statuses
 
 from deixis_export.parity.__main__ import compare, main
 from deixis_export.parity.report import Report
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "pixelllm"
+GOLDEN = golden_copies.GOLDEN / "pixelllm"
 
 # Fewest arrays that each covered file must contribute.
 LEAST = {
@@ -51,10 +52,6 @@ LEAST = {
 }
 
 
-def silent(line: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def report() -> Report:
     return compare(GOLDEN, emit=silent)
@@ -63,17 +60,6 @@ def report() -> Report:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN, tmp_path / "golden", copy_function=shutil.copyfile))
-
-
-def edit(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    with np.load(path) as arrays:
-        content = dict(arrays)
-    change(content)
-    np.savez(path, **content)  # type: ignore[arg-type]
-
-
-def statuses(report: Report, file: str) -> Counter[str]:
-    return Counter(line.status for line in report.lines if line.file == file)
 
 
 def test_everything_agrees(report: Report) -> None:
@@ -248,7 +234,7 @@ def truncated(directory: Path) -> None:
     ("damage", "code", "said"),
     [
         (shutil.rmtree, 2, "no such directory"),
-        (lambda directory: (directory / "config.json").unlink(), 2, "config.json: no such file"),
+        (lambda directory: (directory / "config.json").unlink(), 2, "has neither config.json nor manifest.json"),
         (bad_json, 2, "config.json: not the sizes of a PixelLLM"),
         (config_without_text, 2, "lacks t5"),
         (parameter_missing, 1, "1 missing (git_backbone/cls_token)"),

@@ -21,6 +21,7 @@ from deixis_train.loaders.golden import config_from_golden
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 
+CONFIG = "config.json"
 PARAMS = "params.npz"
 INPUTS = "preprocess.npz"  # pictures and padding masks of the encoders and of every chain
 # Parts that a directory may lack: their name in the configuration and in the parameter tree.
@@ -32,17 +33,11 @@ OpenBackend = Callable[[PixelLLM], AbstractContextManager[Backend]]
 
 def read_config(directory: Path) -> tuple[PixelLLMConfig, dict[str, Any]]:
     """The sizes in a golden directory, and everything its `config.json` says. Raises BadDirectory."""
-    if not directory.is_dir():
-        raise BadDirectory(
-            f"{directory}: no such directory; give one with golden vectors (config.json, params.npz, ...)"
-        )
-    path = directory / "config.json"
-    if not path.is_file():
-        raise BadDirectory(f"{path}: no such file; a directory of golden vectors has one")
+    path = directory / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return config_from_golden(values), values
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadDirectory(f"{path}: not the sizes of a PixelLLM: {error}") from None
 
 

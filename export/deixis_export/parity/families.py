@@ -83,7 +83,7 @@ def _glamm_backend(through: str, model: Glamm) -> contextlib.AbstractContextMana
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        sizes="config.json",
+        sizes=pixelllm.CONFIG,
         params=pixelllm.PARAMS,
         endings=(".npz",),
         cases=registry.CASES,
