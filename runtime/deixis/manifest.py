@@ -244,9 +244,8 @@ class Manifest:
     provenance: Provenance
     detection: DetectionSpec | None = None  # since 1.1; with the graphs box_proposals and box_refine
     conversation: ConversationSpec | None = None  # since 1.2; of the family glamm
-    global_image: ImageSpec | None = (
-        None  # since 1.2; what the global encoder of glamm sees, `image` being masks' input
-    )
+    # since 1.2; what the global encoder of glamm sees, `image` being masks' input
+    global_image: ImageSpec | None = None
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)

@@ -19,6 +19,7 @@ from deixis_train.loaders.llama import load_llama_folder
 from deixis_train.loaders.mobile_sam import load_mobile_sam
 from deixis_train.loaders.report import CheckpointError
 from deixis_train.loaders.sam import load_sam
+from deixis_train.loaders.unfilled import unfilled
 from deixis_train.models.glamm.config import GLAMM_PRESETS, GlammConfig, LlamaConfig
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.llama import Llama
@@ -112,17 +113,17 @@ def start(
 
 @torch.no_grad()
 def _from_other(config: GlammConfig, other: Glamm, where: Path) -> Glamm:
-    """The other model's weights and sizes, with fresh LoRA factors as the recipe wants them."""
+    """The other model's weights (not copies) and sizes, with fresh LoRA factors as the recipe wants them."""
     other.llama.merge_lora()
     if config.name != other.config.name and config.clip.embed_dim != other.config.clip.embed_dim:
         raise RecipeError(
             f"init: {where} holds the model {other.config.name!r}, the recipe's preset is {config.name!r}"
         )
     system = other.config.system if config.system is None else config.system
-    model = Glamm(with_lora(replace(other.config, system=system), config.llama.lora_rank))
-    own = model.state_dict(keep_vars=True)
-    for name, value in other.state_dict().items():
-        own[name].copy_(value)
+    model = unfilled(lambda: Glamm(with_lora(replace(other.config, system=system), config.llama.lora_rank)))
+    left = model.load_state_dict(other.state_dict(), strict=False, assign=True)
+    assert not left.unexpected_keys and all(".lora_" in name for name in left.missing_keys)  # the sizes are the same
+    model.llama.init_lora()
     return model
 
 

@@ -84,7 +84,10 @@ def open_glamm_folder(folder: Path, clip: Path | None = None, base: GlammConfig 
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if clip is None and not any(name.startswith(CLIP) for name in tensors):
-        raise CheckpointError(f"{folder}: holds no CLIP; give its file or folder (openai/clip-vit-large-patch14-336)")
+        raise CheckpointError(
+            f"{folder}: holds no CLIP; give its file or folder (openai/clip-vit-large-patch14-336): --clip of "
+            "`deixis export`, init.clip of a recipe"
+        )
     return OpenedGlamm(config, tensors, None if clip is None else read_tensors(clip), tokenizer)
 
 

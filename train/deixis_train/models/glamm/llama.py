@@ -235,5 +235,15 @@ class Llama(nn.Module):
                 adds = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 * (2 * self.config.layers) ** -0.5 if adds else 0.02)
             if isinstance(module, LoraLinear):
-                nn.init.normal_(module.lora_a, std=self.config.emb**-0.5)
-                nn.init.zeros_(module.lora_b)
+                self._init_factors(module)
+
+    def init_lora(self) -> None:
+        """Start values of the LoRA factors alone, beside matrices that have learned."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear):
+                self._init_factors(module)
+
+    @torch.no_grad()
+    def _init_factors(self, module: LoraLinear) -> None:
+        nn.init.normal_(module.lora_a, std=self.config.emb**-0.5)
+        nn.init.zeros_(module.lora_b)
