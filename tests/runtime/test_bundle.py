@@ -20,7 +20,9 @@ from deixis.errors import (
     BundleNotFoundError,
     BundleVersionError,
 )
+from deixis.model import find_bundle
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -548,8 +550,8 @@ def test_what_a_pixelllm_must_have(root: Path, how: Change, where: str) -> None:
         b.open_bundle(root)
 
 
-@pytest.mark.parametrize("name", ["tests/golden/tiny_bundle", "models/tabletop"])
-def test_older_manifests_stay_as_they_were(name: str) -> None:
+@pytest.mark.parametrize("bundle", [GOLDEN / "tiny_bundle", find_bundle("tabletop")], ids=["tiny", "tabletop"])
+def test_older_manifests_stay_as_they_were(bundle: Path) -> None:
     """What 1.0 and 1.1 wrote reads, and is written back byte for byte: nothing new goes in."""
-    data = (Path(__file__).parents[2] / name / b.MANIFEST_NAME).read_bytes()
+    data = (bundle / b.MANIFEST_NAME).read_bytes()
     assert b.parse_manifest(data).to_json().encode() == data
