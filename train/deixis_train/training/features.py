@@ -148,6 +148,11 @@ def normalize_small(model: PixelLLM, small: Tensor) -> Tensor:
     return ((small.float() - mean) / std).masked_fill(padding, 0.0)
 
 
+def semantic_of_small(model: PixelLLM, small: Tensor) -> Tensor:
+    """The semantic encoder's map on the fused grid [B, g, g, C1] of what `small_input` gave."""
+    return model.semantic_resize(model.semantic_encoder(normalize_small(model, small)))
+
+
 def read_fitted(path: Path, size: int) -> Fitted:
     """A picture of the data as the network takes it. Raises DataError when it cannot be read."""
     image = read_picture(path)
@@ -237,7 +242,7 @@ def _semantic_of_small(
         for at in range(0, len(chunk), SMALL_BATCH):
             seen = torch.from_numpy(small.get(chunk[at : at + SMALL_BATCH])).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = model.semantic_resize(model.semantic_encoder(normalize_small(model, seen)))
+                features = semantic_of_small(model, seen)
             parts.append(features.half().cpu().numpy())
         semantic.add(chunk, np.concatenate(parts))
 

@@ -26,7 +26,7 @@ from deixis_train.models.preprocess import padding_mask
 from deixis_train.models.prompt_encoder import pixelllm_prompt
 from deixis_train.training.auxiliary import Helpers, look_loss, match_loss, tapped
 from deixis_train.training.cells import cell_figures, cell_losses
-from deixis_train.training.features import normalize_small
+from deixis_train.training.features import semantic_of_small
 from deixis_train.training.flash import fused_encoder
 from deixis_train.training.micro import Micro
 from deixis_train.training.recipe import Part, StageSpec
@@ -69,7 +69,7 @@ class Objective:
         sam, semantic = micro.sam, micro.semantic
         if semantic is None and micro.small is not None:
             with self._gradient("semantic_encoder"):
-                semantic = self._semantic(micro.small)
+                semantic = semantic_of_small(model, micro.small)
         if sam is None or semantic is None:
             assert micro.batch is not None and micro.batch.images is not None
             images, valid_hw = micro.batch.images.float(), micro.batch.valid_hw
@@ -82,16 +82,12 @@ class Objective:
         fused = torch.cat([semantic.float(), sam.float()], dim=-1)
         return (self.helpers.standardize(fused) if self.stage.auxiliary.standardize else fused), sam_map
 
-    def _semantic(self, small: Tensor) -> Tensor:
-        """The semantic encoder's map [B, g, g, C1] of its cached inputs."""
-        return self.model.semantic_resize(self.model.semantic_encoder(normalize_small(self.model, small)))
-
     def _gradient(self, part: Part) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(torch.is_grad_enabled() and part in self.stage.train)
 
     def _grid(self, micro: Micro) -> Outcome:
         assert micro.small is not None and micro.occupied is not None and micro.targets is not None
-        seen = self.helpers.grid(self._semantic(micro.small))
+        seen = self.helpers.grid(semantic_of_small(self.model, micro.small))
         terms = cell_losses(seen, micro.occupied, micro.targets)
         return Outcome(terms, cell_figures(seen, micro.occupied, micro.targets))
 
