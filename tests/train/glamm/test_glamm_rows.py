@@ -74,7 +74,8 @@ def begun(name: str, folder: Path) -> GlammRun:
     recipe = load_recipe("tabletop-glamm")
     [stage] = [stage for stage in recipe.stages if stage.name == name]
     stage = replace(stage, precision="fp32", cache=(), masks_per_picture=0)
-    recipe = replace(recipe, preset="glamm-tiny", init=replace(recipe.init, mobile_sam=None), stages=(stage,))
+    init = replace(recipe.init, mobile_sam=None, pixelllm=None)
+    recipe = replace(recipe, preset="glamm-tiny", init=init, stages=(stage,))
     make_data(folder / "data", recipe)
     (folder / "run").mkdir()
     return GlammRun(recipe, Corpus(folder / "data", folder / "features", lambda line: None), folder / "run")

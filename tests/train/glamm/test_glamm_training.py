@@ -45,7 +45,7 @@ def tiny(name: str, **stage_values) -> Recipe:
         )
         for stage in recipe.stages
     )
-    none = dict.fromkeys(("glamm", "clip", "llama", "projector", "sam", "mobile_sam", "tokenizer"))
+    none = dict.fromkeys(("pixelllm", "glamm", "clip", "llama", "projector", "sam", "mobile_sam", "tokenizer"))
     return replace(recipe, preset="glamm-tiny", dtype="fp32", stages=stages, init=replace(recipe.init, **none))
 
 

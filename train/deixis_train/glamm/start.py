@@ -21,6 +21,7 @@ from deixis_train.loaders.report import CheckpointError
 from deixis_train.loaders.sam import load_sam
 from deixis_train.loaders.unfilled import unfilled
 from deixis_train.models.glamm.config import GLAMM_PRESETS, GlammConfig, LlamaConfig
+from deixis_train.models.glamm.eva_vision import EvaVision
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.llama import Llama
 from deixis_train.models.tiny_vit import TinyVit
@@ -75,6 +76,7 @@ def start(
     # A file that is not there is said before a model of gigabytes is built.
     sam_file, former, named = find(init.mobile_sam or init.sam), find(init.checkpoint), find(init.tokenizer)
     published, clip, llama, projector = (find(n) for n in (init.glamm, init.clip, init.llama, init.projector))
+    pixelllm = find(init.pixelllm)
     if (published or llama) and named is None:
         raise RecipeError(
             "init.tokenizer: published weights need their tokenizer as tokenizer.json (`deixis export` writes it)"
@@ -90,6 +92,8 @@ def start(
             _fill_llama(model, load_llama_folder(llama), llama)
         if projector is not None:
             _fill_projector(model, projector)
+        if pixelllm is not None:
+            _fill_eva(model, pixelllm, sam_file)
         if clip is not None:
             load_clip_state(model.clip, read_tensors(clip)).raise_if_incomplete(clip)
         if sam_file is not None:
@@ -138,6 +142,17 @@ def _fill_llama(model: Glamm, llama: Llama, where: Path) -> None:
         target[: len(value)] = value
         if len(target) > len(value):
             target[len(value) :] = value.mean(0)
+
+
+def _fill_eva(model: Glamm, where: Path, sam_file: Path | None) -> None:
+    """The semantic encoder of a PixelLLM as the global encoder."""
+    theirs = load_checkpoint(where, sam_file).pixelllm.semantic_encoder.state_dict()
+    if not isinstance(model.clip, EvaVision):
+        raise RecipeError(f"init.pixelllm: the global encoder of the preset {model.config.name!r} is no EVA02")
+    own = model.clip.state_dict()
+    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in theirs.items()}:
+        raise RecipeError(f"init.pixelllm: {where} has a semantic encoder of other sizes than {model.config.name!r}")
+    model.clip.load_state_dict(theirs)
 
 
 @torch.no_grad()

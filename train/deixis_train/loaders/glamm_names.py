@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from deixis_train.loaders.report import LoadReport, fill
+from deixis_train.loaders.report import CheckpointError, LoadReport, fill
 from deixis_train.models.config import MaskDecoderConfig, SamVitConfig
 from deixis_train.models.glamm.clip import ClipVision
 from deixis_train.models.glamm.config import ClipConfig, GlammConfig, LlamaConfig, RegionConfig, SpecialIds
+from deixis_train.models.glamm.eva_vision import EvaVision
 from deixis_train.models.glamm.glamm import Glamm
 
 CLIP = "model.vision_tower.vision_tower.vision_model."
@@ -64,23 +65,31 @@ def load_glamm_state(model: Glamm, tensors: Mapping[str, Tensor], without: Colle
     left_out = tuple(f"{part}." for part in without)
     names = {ours: theirs for ours, theirs in glamm_names(model).items() if not ours.startswith(left_out)}
     theirs_left_out = tuple(theirs for ours, theirs in PREFIXES.items() if ours.startswith(left_out))
-    ignored = {name for name in _unused(tensors, CLIP, model.clip) if name not in names.values()}
+    ignored = {name for name in _unused(tensors, CLIP, model.config.clip) if name not in names.values()}
     ignored |= {name for name in tensors if name.startswith(theirs_left_out)} - set(names.values())
     if model.llama.lm_head is None:
         ignored.add("lm_head.weight")  # a copy of the embeddings
     return fill(model, tensors, names, ignored)
 
 
-def load_clip_state(clip: ClipVision, tensors: Mapping[str, Tensor], prefix: str = "vision_model.") -> LoadReport:
-    """Fill the global encoder from a CLIP in Hugging Face naming; its text half and later blocks are ignored."""
+def load_clip_state(
+    clip: ClipVision | EvaVision, tensors: Mapping[str, Tensor], prefix: str = "vision_model."
+) -> LoadReport:
+    """Fill the global encoder from a CLIP in Hugging Face naming; its text half and later blocks are ignored.
+
+    Raises:
+        CheckpointError: the global encoder is no CLIP.
+    """
+    if not isinstance(clip, ClipVision):
+        raise CheckpointError("a CLIP is given for a model whose global encoder is an EVA02")
     names = {ours: prefix + ours for ours in clip.state_dict()}
-    ignored = {name for name in tensors if not name.startswith(prefix)} | set(_unused(tensors, prefix, clip))
+    ignored = {name for name in tensors if not name.startswith(prefix)} | set(_unused(tensors, prefix, clip.config))
     return fill(clip, tensors, names, ignored)
 
 
-def _unused(tensors: Iterable[str], clip_prefix: str, clip: ClipVision) -> Iterable[str]:
+def _unused(tensors: Iterable[str], clip_prefix: str, config: ClipConfig) -> Iterable[str]:
     """Names of the file that no model takes: blocks of CLIP behind the selected state, and what follows from sizes."""
-    blocks = tuple(f"{clip_prefix}encoder.layers.{i}." for i in range(clip.config.selected, clip.config.depth))
+    blocks = tuple(f"{clip_prefix}encoder.layers.{i}." for i in range(config.selected, config.depth))
     unused = (*IGNORED_PREFIXES, *blocks, f"{clip_prefix}post_layernorm.")
     return (name for name in tensors if name.startswith(unused) or name.endswith(IGNORED_ENDINGS))
 

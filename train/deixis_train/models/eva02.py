@@ -116,10 +116,14 @@ class Eva02(nn.Module):
         patches = self.pos_resize(self.pos_embed[:, 1:].unflatten(1, (table, table)))
         return torch.cat([self.pos_embed[:, :1], patches.flatten(1, 2)], dim=1)
 
+    def embed(self, image: Tensor) -> Tensor:
+        """Normalised image [B, S, S, 3] -> what the blocks take [B, 1 + grid * grid, dim], class token first."""
+        patches = self.patch_embed(image).flatten(1, 2)
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.positions()
+
     def tokens(self, image: Tensor) -> Tensor:
         """Normalised image [B, S, S, 3] -> final tokens [B, 1 + grid * grid, dim], class token first."""
-        patches = self.patch_embed(image).flatten(1, 2)
-        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.positions()
+        x = self.embed(image)
         for block in self.blocks:
             x = block(x, self.rope_cos, self.rope_sin)
         return self.norm(x)

@@ -223,6 +223,7 @@ class Conversation:
 class Init:
     """What the model starts from; nothing named: from nothing.
 
+    pixelllm: checkpoint of a PixelLLM whose semantic encoder a GLaMM's global encoder of that architecture begins with.
     glamm: folder of a published GLaMM; clip: folder or file of OpenAI's CLIP, which those folders leave out; llama:
     folder of a Vicuna; projector: file with LLaVA's.
     checkpoint: a folder that `deixis train` wrote. The others are published weights of single parts. Files are looked
@@ -236,6 +237,7 @@ class Init:
     sam: str | None = None
     eva02: str | None = None
     t5: str | None = None
+    pixelllm: str | None = None
     glamm: str | None = None
     clip: str | None = None
     llama: str | None = None

@@ -27,8 +27,12 @@ OPENAI_STD = (68.5005327, 66.6321579, 70.32316305)
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """CLIP's image encoder, the global encoder (section 3)."""
+    """CLIP's image encoder, the global encoder (section 3).
 
+    architecture: "eva02" is a choice of ours: the blocks of `Eva02Config` at these sizes, see `glamm.eva_vision`.
+    """
+
+    architecture: Literal["clip", "eva02"] = "clip"
     embed_dim: int = 1024
     depth: int = 24
     num_heads: int = 16
@@ -170,11 +174,19 @@ GLAMM_PRESETS: dict[str, GlammConfig] = {
         max_new_tokens=48,
         max_question_tokens=160,
     ),
-    # The demo: MobileSAM's frozen encoder at 512 px as the grounding encoder, a small CLIP on a 16 x 16 grid.
+    # The demo: MobileSAM's frozen encoder at 512 px as the grounding encoder; the global encoder has the sizes of the
+    # semantic encoder of `tabletop`, on the same 16 x 16 grid, and begins with its weights.
     "tabletop-glamm": GlammConfig(
         name="tabletop-glamm",
         clip=ClipConfig(
-            embed_dim=192, depth=8, num_heads=3, mlp_dim=576, image_size=224, select_layer=-1, fit="stretch"
+            architecture="eva02",
+            embed_dim=192,
+            depth=4,
+            num_heads=3,
+            mlp_dim=512,
+            image_size=224,
+            select_layer=-1,
+            fit="stretch",
         ),
         region=RegionConfig(groups=16, rounds=2, crop=7, frame=224, hidden_dim=192, position_dim=64, levels=2),
         llama=LlamaConfig(vocab=320, emb=192, layers=6, heads=6, kv_heads=2, head_dim=32, mlp=512),
@@ -184,7 +196,7 @@ GLAMM_PRESETS: dict[str, GlammConfig] = {
         max_new_tokens=128,
         max_question_tokens=256,
     ),
-    # For benchmarks: the sizes of SmolLM2-135M as language model, the rest as in the demo.
+    # For benchmarks: the sizes of SmolLM2-135M as language model and a small CLIP, the rest as in the demo.
     "glamm-135m": GlammConfig(
         name="glamm-135m",
         clip=ClipConfig(embed_dim=192, depth=8, num_heads=3, mlp_dim=576, image_size=224, select_layer=-1),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deixis_train.models.config import SamVitConfig
 from deixis_train.models.glamm.clip import ClipVision
 from deixis_train.models.glamm.config import GlammConfig
+from deixis_train.models.glamm.eva_vision import EvaVision
 from deixis_train.models.glamm.llama import Llama
 from deixis_train.models.glamm.region_encoder import RegionEncoder
 from deixis_train.models.layers import init_heads, init_vit
@@ -34,7 +35,7 @@ class Glamm(nn.Module):
         super().__init__()
         self.config = config
         dim, width, prompt_dim = config.llama.emb, config.clip.embed_dim, config.prompt_embed_dim
-        self.clip = ClipVision(config.clip)
+        self.clip = EvaVision(config.clip) if config.clip.architecture == "eva02" else ClipVision(config.clip)
         self.projector = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
         self.region_layers = config.region_layers
         self.region_encoder = None
