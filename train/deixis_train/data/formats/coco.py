@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco_document import categories_of, entries_of, instances_of, open_canvas, read_coco
+from deixis_train.data.formats.coco_document import categories_of, instances_of, open_entries, read_coco
 from deixis_train.data.formats.errors import Skips
 from deixis_train.data.formats.reader import Reader
 from deixis_train.data.samples import Row, Sample
@@ -16,10 +16,7 @@ class CocoCaptions(Reader):
     """captions_*.json: a sample per picture, a row per caption. Pictures without captions are passed over."""
 
     def read(self, path: Path, skips: Skips) -> Iterator[Sample]:
-        for entry in entries_of(read_coco(path), path, skips):
-            canvas = open_canvas(entry, self.pictures, skips)
-            if canvas is None:
-                continue
+        for entry, canvas in open_entries(read_coco(path), path, self.pictures, skips):
             rows: list[Row] = []
             for where, annotation in entry.annotations:
                 with skips.record(where):
@@ -37,10 +34,7 @@ class CocoInstances(Reader):
     def read(self, path: Path, skips: Skips) -> Iterator[Sample]:
         document = read_coco(path)
         categories = categories_of(document, path)
-        for entry in entries_of(document, path, skips):
-            canvas = open_canvas(entry, self.pictures, skips)
-            if canvas is None:
-                continue
+        for entry, canvas in open_entries(document, path, self.pictures, skips):
             instances = instances_of(entry, categories, canvas.width, canvas.height, skips)
             if instances:
                 yield Sample(canvas.path, canvas.width, canvas.height, (), instances, entry.where)

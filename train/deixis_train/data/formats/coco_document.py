@@ -6,6 +6,7 @@ instances: 450 MB; about five times that in memory while the samples are made).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def open_canvas(entry: Entry, pictures: Pictures, skips: Skips) -> Canvas | None
     except MalformedError as error:
         skips.skip(entry.where, str(error), max(1, len(entry.annotations)))
         return None
+
+
+def open_entries(
+    document: dict[str, Any], path: Path, pictures: Pictures, skips: Skips
+) -> Iterator[tuple[Entry, Canvas]]:
+    """The pictures of a COCO document that can be used, in its order; what cannot counts as malformed."""
+    for entry in entries_of(document, path, skips):
+        canvas = open_canvas(entry, pictures, skips)
+        if canvas is not None:
+            yield entry, canvas
 
 
 def read_instances(path: Path, skips: Skips) -> dict[str, tuple[Instance, ...]]:

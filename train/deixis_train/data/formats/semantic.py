@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco_document import categories_of, entries_of, open_canvas, read_coco
+from deixis_train.data.formats.coco_document import categories_of, open_entries, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import read_document
 from deixis_train.data.formats.masks import run_lengths
@@ -97,10 +97,7 @@ class ObjectParts(Reader):
     def read(self, path: Path, skips: Skips) -> Iterator[Sample]:
         document = read_coco(path)
         categories = categories_of(document, path)
-        for entry in entries_of(document, path, skips):
-            canvas = open_canvas(entry, self.pictures, skips)
-            if canvas is None:
-                continue
+        for entry, canvas in open_entries(document, path, self.pictures, skips):
             rows: list[Row] = []
             for where, annotation in entry.annotations:
                 if annotation.get("iscrowd"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deixis_train.data.formats import fields
-from deixis_train.data.formats.coco_document import entries_of, open_canvas, read_coco
+from deixis_train.data.formats.coco_document import open_entries, read_coco
 from deixis_train.data.formats.errors import DataError, MalformedError, Skips
 from deixis_train.data.formats.json_files import check_file, read_array, read_document, starts_with
 from deixis_train.data.formats.reader import Reader
@@ -90,10 +90,7 @@ class VisualGenome(Reader):
                 yield image_id, Sample(image, width, height, tuple(rows), where=where)
 
     def _read_coco(self, path: Path, skips: Skips) -> Iterator[tuple[Any, Sample]]:
-        for entry in entries_of(read_coco(path), path, skips):
-            canvas = open_canvas(entry, self.pictures, skips)
-            if canvas is None:
-                continue
+        for entry, canvas in open_entries(read_coco(path), path, self.pictures, skips):
             rows: list[Row] = []
             for where, annotation in entry.annotations:
                 with skips.record(where):
