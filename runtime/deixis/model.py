@@ -13,7 +13,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -37,6 +38,7 @@ from deixis.results import Caption, DenseCaption, GroundedPhrase, GroundedText, 
 from deixis.scene import Scene, SceneStore
 from deixis.streams import ResultStream
 from deixis.tasks import Phrases, Tasks
+from deixis.timing import Span, TimedEngine, edge
 
 if TYPE_CHECKING:
     from deixis.glamm.conversations import Chat
@@ -121,6 +123,7 @@ class Model:
         self._store = SceneStore(int(scene_budget_mb * 1_000_000))
         self._living: weakref.WeakSet[Scene] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._spans: list[Span] | None = None
         log.info("opened bundle %s on %s", self._bundle.path, pipeline.engine.device)
 
     def __enter__(self) -> Model:
@@ -196,12 +199,33 @@ class Model:
         for role in self.manifest.graphs:
             tasks.pipeline.engine.load(role)
 
+    @contextmanager
+    def timed(self) -> Iterator[list[Span]]:
+        """Record where the time of calls goes, until the block ends: a list that grows with every call, in the order in
+        which things ended. Graphs are named by role; see `deixis.timing.Span`.
+
+        Calls of all threads go into the one list, so time one thread at a time. What was started before (a stream, a
+        chat) is not seen, and of streams only the graphs. Blocks do not nest: RuntimeError. Raises ClosedError.
+        """
+        pipeline, spans = self.pipeline, list[Span]()
+        with self._lock:
+            if self._spans is not None:
+                raise RuntimeError("this model is being timed already")
+            self._spans = spans
+            pipeline.engine = TimedEngine(engine := pipeline.engine, spans)
+        try:
+            yield spans
+        finally:
+            with self._lock:
+                pipeline.engine, self._spans = engine, None
+
     @overload
     def encode(self, image: Source, channels: Channels = "RGB") -> Scene: ...
 
     @overload
     def encode(self, image: Sequence[Source], channels: Channels = "RGB") -> list[Scene]: ...
 
+    @edge("preprocess")
     def encode(self, image: Source | Sequence[Source], channels: Channels = "RGB") -> Scene | list[Scene]:
         """Encode a picture, or a list of pictures in one batch. A picture seen recently is not encoded again.
 
@@ -223,6 +247,7 @@ class Model:
                 scenes[key] = self._keep(Scene(self, found, key))
         return [scenes[key] for key in keys] if many else scenes[keys[0]]
 
+    @edge("postprocess")
     def caption_batch(
         self, items: Sequence[tuple[Scene, Prompt | None]], options: DecodeOptions | None = None
     ) -> list[Caption]:
@@ -237,6 +262,7 @@ class Model:
         [features] = self._features([(scene, prompt)])
         return self.tasks.stream_caption(features, prompt or Prompt(), options or DecodeOptions())
 
+    @edge("postprocess")
     def dense_captions_batch(
         self,
         scenes: Sequence[Scene],
@@ -252,6 +278,7 @@ class Model:
         choice = DenseChoice(limit, min_score, join_scores)
         return self.tasks.dense_captions_batch(features, choice, options or DecodeOptions())
 
+    @edge("postprocess")
     def refer_batch(
         self, items: Sequence[tuple[Scene, str]], mask: bool = True, options: DecodeOptions | None = None
     ) -> list[Grounding]:
@@ -259,6 +286,7 @@ class Model:
         scenes, texts = self._features(items), [text for _, text in items]
         return self.tasks.refer_batch(scenes, texts, mask, options or DecodeOptions())
 
+    @edge("postprocess")
     def trace_batch(self, items: Sequence[tuple[Scene, str]], options: DecodeOptions | None = None) -> list[Trace]:
         """`Scene.trace` for many (scene, text) pairs at once; the results are those of one at a time."""
         scenes, texts = self._features(items), [text for _, text in items]
@@ -278,6 +306,7 @@ class Model:
         self, items: Sequence[tuple[Scene, Prompt]], *, multimask: Literal[True], options: DecodeOptions | None = None
     ) -> list[tuple[Segment, ...]]: ...
 
+    @edge("postprocess")
     def segment_batch(
         self, items: Sequence[tuple[Scene, Prompt]], *, multimask: bool = False, options: DecodeOptions | None = None
     ) -> list[Segment] | list[tuple[Segment, ...]]:
@@ -286,6 +315,7 @@ class Model:
         found = self.tasks.segment_batch(scenes, prompts, multimask, options or DecodeOptions())
         return found if multimask else [alternatives[0] for alternatives in found]
 
+    @edge("postprocess")
     def grounded_caption_batch(
         self, scenes: Sequence[Scene], options: DecodeOptions | None = None
     ) -> list[GroundedText]:
@@ -300,6 +330,7 @@ class Model:
         [features] = self._features([(scene, None)])
         return self.tasks.stream_grounded_caption(features, options or DecodeOptions())
 
+    @edge("postprocess")
     def ask_batch(
         self, items: Sequence[tuple[Scene, str | Question]], options: DecodeOptions | None = None
     ) -> list[GroundedText]:
@@ -312,6 +343,7 @@ class Model:
         [features] = self._features([(scene, None)])
         return self.tasks.chat(features)
 
+    @edge("postprocess")
     def ground_phrases(
         self, scene: Scene, text: str, phrases: Phrases | None = None, options: DecodeOptions | None = None
     ) -> GroundedText:
