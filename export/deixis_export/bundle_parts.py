@@ -26,12 +26,15 @@ from deixis_export.graph_spec import GraphSpec
 from deixis_export.manifest import Contents
 from deixis_export.session import Arrays
 from deixis_export.trace import OPSET
-from deixis_export.weights import PrecisionName
+from deixis_export.weights import ROUNDED, WEIGHT_ONLY, PrecisionName
 
 # Largest error of a graph against the PyTorch model that holds the weights it holds, relative to the largest magnitude.
 GRAPH_TOLERANCE = 1e-4
-# int8 also rounds activations; the tasks' metrics are what judges it, this only catches a graph that is broken.
+# The same where products are rounded too. The tasks' metrics are what judges them; this catches a graph that is broken.
 INT8_TOLERANCE = 0.2
+ROUNDED_TOLERANCE: Mapping[str, float] = {"int8": INT8_TOLERANCE, "w8": 0.1, "w4": 0.5}
+# Graphs whose time is that of reading their weights: only they take the precisions that store weights in blocks.
+TEXT_GRAPHS = ("text_encoder", "decoder_step", "decoder_pass")
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 GOLDEN_FILE = "golden/vectors.npz"
@@ -42,7 +45,8 @@ GRAPHS = "graphs"
 class ExportOptions:
     """precision: how weights are stored. seed: of the example request. licence: stated in the manifest.
 
-    precision_of: by role, for graphs that differ from the others.
+    precision_of: by role, for graphs that differ from the others. "w8" and "w4" are for text graphs; as `precision` of
+    a whole model they leave the other graphs in fp16.
     """
 
     precision: PrecisionName = "fp32"
@@ -51,7 +55,8 @@ class ExportOptions:
     precision_of: Mapping[str, PrecisionName] = field(default_factory=dict)
 
     def of(self, role: str) -> PrecisionName:
-        return self.precision_of.get(role, self.precision)
+        usual = "fp16" if self.precision in WEIGHT_ONLY and role not in TEXT_GRAPHS else self.precision
+        return self.precision_of.get(role, usual)
 
 
 @dataclass
@@ -125,9 +130,14 @@ def describe_graph(spec: GraphSpec[Any], external: tuple[str, ...], precision: P
         opset=OPSET,
         inputs=infos(spec.inputs),
         outputs=infos(spec.outputs),
-        precision=Precision(precision, "int8" if precision == "int8" else "fp32"),
+        precision=Precision(precision, "int8" if precision in ROUNDED else "fp32"),
         external=external,
     )
+
+
+def graph_tolerance(precision: PrecisionName) -> float:
+    """How far a graph may be from the PyTorch model of the same fp16 (or fp32) weights."""
+    return ROUNDED_TOLERANCE.get(precision, GRAPH_TOLERANCE)
 
 
 def compared_with(precision: PrecisionName) -> str:

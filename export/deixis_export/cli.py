@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from deixis.bundle import Manifest
 from deixis.errors import DeixisError, ExportError
 
-PRECISION_NAMES = ("fp32", "fp16", "int8")  # of `weights`, which needs torch
+PRECISION_NAMES = ("fp32", "fp16", "int8", "w8", "w4")  # of `weights`, which needs torch
 OWN_LICENCE = "Apache-2.0"
 
 
@@ -39,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISION_NAMES,
         default="fp32",
-        help="how weights are stored; fp16 is computed in fp32 on a CPU (default: %(default)s)",
+        help="how weights are stored; fp16 is computed in fp32 on a CPU; int8 is for encoders; w8 and w4, blocks of 8 "
+        "and 4 bits, are for graphs of text and leave the others in fp16 (default: %(default)s)",
     )
     parser.add_argument(
         "--precision-of",
@@ -127,10 +129,17 @@ def _export(options: argparse.Namespace) -> None:
     worst = max((r.error, name) for name, r in manifest.parity.items() if name.startswith(("graph/", "chain/")))
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB, {_precisions(options)}; "
+        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB, {_precisions(manifest)}; "
         f"worst parity {worst[0]:.1e} ({worst[1]}); {time.perf_counter() - start:.0f} s"
     )
 
 
-def _precisions(options: argparse.Namespace) -> str:
-    return ", ".join([options.precision, *(f"{role} {precision}" for role, precision in options.precision_of)])
+def _precisions(manifest: Manifest) -> str:
+    """How many graphs are stored how: "fp16", or "5 fp16, w8 text_encoder decoder_step decoder_pass"."""
+    roles: dict[str, list[str]] = {}
+    for role, graph in manifest.graphs.items():
+        roles.setdefault(graph.precision.weights, []).append(role)
+    if len(roles) == 1:
+        return next(iter(roles))
+    most, *others = sorted(roles, key=lambda name: -len(roles[name]))
+    return ", ".join([f"{len(roles[most])} {most}", *(f"{name} {' '.join(roles[name])}" for name in others)])

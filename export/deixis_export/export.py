@@ -18,13 +18,15 @@ from deixis.errors import ExportError
 from deixis_export.bundle_parts import (
     GRAPH_TOLERANCE,
     GRAPHS,
-    INT8_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    TEXT_GRAPHS,
     Beside,
     ExportOptions,
     Written,
     compared_with,
     describe_graph,
     finish,
+    graph_tolerance,
     new_bundle,
     require,
     save_golden,
@@ -33,15 +35,17 @@ from deixis_export.bundle_parts import (
 from deixis_export.cases import Case, golden_arrays
 from deixis_export.families import Family, family_of
 from deixis_export.graph_spec import GraphSpec, M, run_torch
+from deixis_export.quantize import quantize_blocks, quantize_int8
 from deixis_export.session import Arrays, GraphSession, relative_error
 from deixis_export.trace import TracedGraph, trace
 from deixis_export.weights import (
     EXTERNAL_LIMIT_BYTES,
     PRECISIONS,
+    ROUNDED,
+    WEIGHT_ONLY,
     PrecisionName,
     WeightFile,
     has_low,
-    quantize_int8,
     round_to_fp16,
     store_fp16,
     total_bytes,
@@ -52,8 +56,8 @@ from deixis_train.models.pixelllm import PixelLLM
 
 log = logging.getLogger(__name__)
 
-# How far rounding the weights may move a graph from the fp32 model.
-DRIFT_TOLERANCE = {"fp32": GRAPH_TOLERANCE, "fp16": 5e-2, "int8": INT8_TOLERANCE}
+# How far lowering the precision may move a graph from the fp32 model.
+DRIFT_TOLERANCE = {"fp32": GRAPH_TOLERANCE, "fp16": 5e-2, **ROUNDED_TOLERANCE}
 
 DECODER_WEIGHTS = "decoder.data"
 
@@ -96,7 +100,7 @@ def export_bundle(
         beside = Beside(tokenizer_json, documents or {}, source, options.licence)
         manifest = finish(work, written, beside, lambda contents: family.make_manifest(model, tasks, contents))
         # Where any graph rounds activations, the chain can only be recorded.
-        lowest = "int8" if any(options.of(role) == "int8" for role in specs) else options.precision
+        lowest = "int8" if any(options.of(role) in ROUNDED for role in specs) else options.precision
         records = family.chain_parity(model, work, lowest, options.seed)
         for name, record in records.items():
             require(name, record)
@@ -112,6 +116,12 @@ def _check_options(specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) 
     unknown = set(options.precision_of) - set(specs)
     if unknown:
         raise ExportError(f"this model has no graph {sorted(unknown)[0]!r}; it has {', '.join(specs)}")
+    for role, precision in options.precision_of.items():
+        if precision in WEIGHT_ONLY and role not in TEXT_GRAPHS:
+            raise ExportError(
+                f"{precision} is for graphs of text ({', '.join(r for r in TEXT_GRAPHS if r in specs)}); "
+                f"store {role} in fp16 or int8"
+            )
 
 
 def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: ExportOptions) -> Written:
@@ -133,16 +143,16 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
             with GraphSession(folder / f"{role}.onnx") as session:
                 actual = [session.run(to_numpy(case[role])) for case in cases]
             error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
-            int8 = precision == "int8"
-            record = ParityRecord(error, INT8_TOLERANCE if int8 else GRAPH_TOLERANCE, compared_with(precision))
+            record = ParityRecord(error, graph_tolerance(precision), compared_with(precision))
             result.records[f"graph/{role}"] = record
             require(f"graph/{role}", record)
             if precision != "fp32":
                 drift = ParityRecord(relative_error(actual[0], before[role]), DRIFT_TOLERANCE[precision])
                 result.records[f"drift/{role}"] = drift
                 require(f"drift/{role}", drift)
-            # What a user's device has to give: the model's numbers, or for int8 the numbers of the graph itself.
-            golden |= golden_arrays(role, to_numpy(cases[0][role]), actual[0] if int8 else expected[0])
+            # What a user's device has to give: the model's numbers, or those of the graph itself where it rounds.
+            truth = actual[0] if precision in ROUNDED else expected[0]
+            golden |= golden_arrays(role, to_numpy(cases[0][role]), truth)
             result.graphs[role] = describe_graph(spec, external, precision)
             log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
     save_golden(work, golden)
@@ -181,6 +191,8 @@ def trace_and_write(
     if precision == "int8":
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             quantize_int8(traced, Path(temporary))
+    elif precision in WEIGHT_ONLY:
+        quantize_blocks(traced, WEIGHT_ONLY[precision])
     if precision != "fp32":
         store_fp16(traced)
     path = folder / f"{spec.role}.onnx"

@@ -12,10 +12,12 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from deixis_export.trace import TracedGraph, drop_unused
+from deixis_export.trace import TracedGraph
 
-PrecisionName = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16", "int8")
+PrecisionName = Literal["fp32", "fp16", "int8", "w8", "w4"]
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16", "int8", "w8", "w4")
+WEIGHT_ONLY: dict[str, int] = {"w8": 8, "w4": 4}  # bits of weights that are stored in blocks
+ROUNDED = ("int8", *WEIGHT_ONLY)  # activations are rounded as well as weights
 
 # Matrices and tables of at least this size are stored at the lower precision; norms, biases and small tables stay in
 # fp32.
@@ -51,8 +53,11 @@ def round_to_fp16(module: nn.Module, part: str) -> None:
 
 
 def store_fp16(traced: TracedGraph) -> None:
-    """Keep constants that fp16 holds exactly in fp16, with a Cast to float32 that engines fold while loading."""
-    casts = []
+    """Keep constants that fp16 holds exactly in fp16, with a Cast to float32 that engines fold while loading.
+
+    A table that is looked up stays fp16 in memory too: the rows that were found are cast instead.
+    """
+    halves: dict[str, str] = {}
     for name in sorted(traced.constants):
         value = traced.constants[name]
         if value.dtype != np.float32 or not stored_low(value.shape, value.nbytes):
@@ -62,51 +67,24 @@ def store_fp16(traced: TracedGraph) -> None:
         if not np.array_equal(half.astype(np.float32), value):
             continue  # a table made from rounded parameters; it is small
         del traced.constants[name]
-        traced.constants[f"{name}.fp16"] = half
-        casts.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *traced.model.graph.node]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        halves[name] = f"{name}.fp16"
+        traced.constants[halves[name]] = half
+    nodes: list[onnx.NodeProto] = []
+    used: set[str] = set()
+    for node in traced.model.graph.node:
+        copy = onnx.NodeProto.FromString(node.SerializeToString())
+        nodes.append(copy)
+        if node.op_type == "Gather" and node.input[0] in halves:
+            copy.input[0], copy.output[0] = halves[node.input[0]], f"{node.output[0]}.fp16"
+            nodes.append(_to_float(copy.output[0], node.output[0]))
+        used |= set(copy.input)
+    casts = [_to_float(half, name) for name, half in halves.items() if name in used]
     del traced.model.graph.node[:]
-    traced.model.graph.node.extend(copies)
+    traced.model.graph.node.extend([*casts, *nodes])
 
 
-def quantize_int8(traced: TracedGraph, work: Path) -> None:
-    """Weights of MatMul to int8 per output channel, activations quantised while running (onnxruntime's dynamic scheme).
-
-    Only plain matrices of some size are taken. `work` is a directory for temporary files.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    def taken(node: onnx.NodeProto) -> bool:
-        weight = traced.constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        return weight is not None and weight.ndim == 2 and stored_low(weight.shape, weight.nbytes)
-
-    names = [node.name for node in traced.model.graph.node if taken(node)]
-    if not names:
-        return
-    source, target = work / "fp32.onnx", work / "int8.onnx"
-    # Says that shapes are known and silences the advice to run a preprocessing step.
-    onnx.helper.set_model_props(traced.model, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    with WeightFile(work / "fp32.data") as weights:
-        write_graph(traced, source, weights)
-    quantize_dynamic(
-        source,
-        target,
-        nodes_to_quantize=names,
-        op_types_to_quantize=["MatMul"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
-    )
-    quantised = onnx.load(target)
-    traced.constants = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
-    del quantised.graph.initializer[:]
-    del quantised.metadata_props[:]
-    traced.model = quantised
-    for path in work.iterdir():
-        path.unlink()
-    drop_unused(traced)
+def _to_float(source: str, target: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], to=onnx.TensorProto.FLOAT)
 
 
 class WeightFile:

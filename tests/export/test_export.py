@@ -15,7 +15,7 @@ from exporting import TINY, export
 
 from deixis.bundle import Bundle, open_bundle
 from deixis.errors import ExportError
-from deixis_export import cli
+from deixis_export import bundle_parts, cli
 from deixis_export import export as exporting
 from deixis_export.cases import golden_arrays
 from deixis_export.presets import random_model, random_tokenizer
@@ -132,7 +132,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(
 def test_a_failed_export_keeps_the_old_bundle(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "bundle"
     bundle_copy = export(target)
-    monkeypatch.setattr(exporting, "GRAPH_TOLERANCE", 0.0)
+    monkeypatch.setattr(bundle_parts, "GRAPH_TOLERANCE", 0.0)
     with pytest.raises(FileExistsError):
         export(target)
     with pytest.raises(ExportError):
