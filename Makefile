@@ -4,6 +4,7 @@
 #   make test-slow     what takes minutes or much memory
 #   make check         format, lint, types, import rules
 #   make format        put the format right
+#   make bench         measure everything on this machine (hours; nothing else should run) and write the tables of the docs
 #   make wheel         the wheel, demo model included, in dist
 #   make real-weights  fetch MobileSAM and Flan-T5-small by hash into the cache, for the tests that want real weights, for
 #                      training the demo and for exporting its checkpoint
@@ -13,7 +14,9 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check format wheel real-weights tabletop-glamm clean
+RESULTS = benchmarks/results
+
+.PHONY: demo test test-slow check format bench wheel real-weights tabletop-glamm clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/deixis demo --out out/demo
@@ -33,6 +36,20 @@ check: .venv/ready
 format: .venv/ready
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+bench: .venv/ready
+	mkdir -p out/bench
+	.venv/bin/deixis bench models/tabletop --threads 2 --json $(RESULTS)/bench-tabletop.json --html out/bench/tabletop.html
+	.venv/bin/python -m deixis_bench.rivals --part text --json $(RESULTS)/rivals-text.json
+	.venv/bin/python -m deixis_bench.rivals --part llama --json $(RESULTS)/rivals-llama.json
+	.venv/bin/python -m deixis_bench.rivals --part encoder --json $(RESULTS)/rivals-encoder.json
+	.venv/bin/python -m deixis_bench.decoder_step --json $(RESULTS)/decoder-step.json
+	.venv/bin/python -m deixis_bench.serving models/tabletop --json $(RESULTS)/serving.json
+	.venv/bin/python -m deixis_bench.soak models/tabletop --json $(RESULTS)/soak.json
+	.venv/bin/deixis export --preset tabletop-glamm --random --out out/bench/tabletop-glamm --force
+	.venv/bin/python -m deixis_bench.answer_length out/bench/tabletop-glamm --threads 1 --points 65 \
+	    --json $(RESULTS)/tabletop-glamm-answer-length.json
+	.venv/bin/python -m deixis_bench.tables
 
 wheel: .venv/ready
 	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

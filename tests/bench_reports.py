@@ -11,7 +11,8 @@ def percentiles(p50: float) -> dict[str, float]:
 
 def stage(name: str, p50: float, **other: Any) -> dict[str, Any]:
     common: dict[str, Any] = {
-        "name": name, "kind": "graph", "calls": 1, "cold_ms": 3 * p50, "warm_ms": percentiles(p50),
+        "name": name, "kind": "graph", "request": "caption", "calls": 1, "cold_ms": 3 * p50,
+        "warm_ms": percentiles(p50),
         "weight_bytes": 5_000_000, "bytes_read": 5_500_000, "flop": 3_000_000_000,
         "bandwidth_share": 0.1, "arithmetic_share": 0.7,
     }  # fmt: skip
@@ -43,7 +44,10 @@ def bench_report() -> dict[str, Any]:
     return {
         "format": "deixis-bench",
         "version": 1,
-        "metrics": {"caption/warm_ms/p50": 190.0, "decoder_step/bandwidth_share": 0.86},
+        "metrics": {
+            "caption/warm_ms/p50": 190.0, "cold_start/first_result_ms": 1250.0,
+            "request/caption_again/python_us_per_step": 61.5,
+        },
         "bundle": {
             "name": "tabletop", "family": "pixelllm", "format": "1.3", "precision": {"sam_encoder": "fp16"},
             "weight_bytes": {"sam_encoder": 12_000_000, "decoder_step": 30_000_000},
@@ -66,14 +70,21 @@ def bench_report() -> dict[str, Any]:
             stage("text_encoder", 3.0, flop=120_000_000, bytes_read=20_000_000),
             stage("decoder_step", 2.0, calls=16, flop=77_000_000, bytes_read=43_000_000, bandwidth_share=0.86),
             python_stage("postprocess", 0.4),
+            stage("mask_decoder", 12.0, request="refer"),
         ],
         "requests": [request("caption", 190.0), request("refer", 150.0)],
-        "memory": {"before_mb": 60.0, "after_first_mb": 210.0, "peak_mb": 260.0, "weight_mb": 42.0},
+        "memory": {
+            "before_mb": 60.0, "after_first_mb": 210.0, "after_all_mb": 240.0, "peak_mb": 260.0,
+            "first_weight_mb": 30.0, "weight_mb": 42.0,
+        },
+        "cold_start": {"first_result_ms": 1250.0},
         "energy": None,
+        "notes": ["mask_decoder: not counted"],
         "rivals": [
             rival("ctranslate2", 1.45),
             rival("openvino", 1.1, same_output=None, note="runs the same graph"),
-            {"name": "torch compiled", "part": "image encoder", "version": "2.13", "ms": None, "ratio_to_deixis": None,
-             "same_output": None, "note": "not installed"},
+            rival("deixis", 1.0),
+            {"name": "torch compiled", "part": "image encoder", "version": None, "ratio_to_deixis": None,
+             "same_output": None, "note": None, "error": "not installed"},
         ],
     }  # fmt: skip

@@ -49,6 +49,7 @@ figure svg { display: block; width: 100%; height: auto; overflow: visible; strok
 figcaption, caption { font-size: .875rem; text-align: left; }
 .wide { overflow-x: auto; margin: .75rem 0 1rem; }
 .wide:focus-visible { outline: 2px solid var(--graph); outline-offset: 2px; }
+.pairs { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { padding-bottom: .3rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
@@ -82,7 +83,7 @@ def page(report: dict[str, Any]) -> str:
         f"<h1>{escape(title)}</h1>",
         _paragraph(
             f"{machine['cpu']}, {settings['device']}, {settings['threads']} threads, batch {settings['batch']}; "
-            f"pictures: {report['data']}",
+            f"{report['data']}",
             "muted",
         ),
         _figures(report),
@@ -123,6 +124,8 @@ def _figures(report: dict[str, Any]) -> str:
             ("first token, p50", digits(_p50(request.get("first_token_ms")), "ms")),
             ("tokens a second", digits(request.get("tokens_per_s"))),
         ]
+    first = (report.get("cold_start") or {}).get("first_result_ms")
+    found.append(("process start to first result", digits(first, "ms")))
     found.append(("peak memory", digits((report["memory"] or {}).get("peak_mb"), "MB")))
     rows = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in found if value != MISSING
@@ -156,17 +159,19 @@ def _requests(report: dict[str, Any]) -> list[str]:
     plot = page_plots.latencies(ranges)
     return [
         "<h2>Requests</h2>",
-        _figure(plot, "Whole requests: median, 90 and 99 of 100, and the first of a fresh process."),
+        _figure(plot, "Dot: p50; tick: p90; ring: p99; diamond: the first of a freshly loaded model."),
         _table("Whole requests in ms; first and later tokens are medians", ["request", *columns], rows),
     ]
 
 
 def _stages(report: dict[str, Any]) -> list[str]:
     stages, ceilings = report["stages"], report["roofline"]
+    first = report["requests"][0]["task"] if report["requests"] else ""
     rows = [
         (
             stage["name"],
             [
+                Text(stage.get("request", MISSING)),
                 f"{stage['calls']:g}",
                 digits(stage["cold_ms"]),
                 *_percentiles(stage["warm_ms"]),
@@ -178,7 +183,19 @@ def _stages(report: dict[str, Any]) -> list[str]:
         )
         for stage in stages
     ]
-    columns = ["stage", "calls", "cold", "p50", "p90", "p99", "weights", "arithmetic", "of bandwidth", "of arithmetic"]
+    columns = [
+        "stage",
+        Text("of request"),
+        "calls",
+        "cold",
+        "p50",
+        "p90",
+        "p99",
+        "weights",
+        "arithmetic",
+        "of bandwidth",
+        "of arithmetic",
+    ]
     peaks = ", ".join(f"{digits(rate, 'GFLOP/s')} in {name}" for name, rate in ceilings["gflop_s"].items() if rate)
     reached = (
         f"Measured in the same run: {ceilings['threads']} threads read {digits(ceilings['read_gb_s'], 'GB/s')}"
@@ -187,13 +204,13 @@ def _stages(report: dict[str, Any]) -> list[str]:
     return [
         "<h2>Where the time goes</h2>",
         _figure(
-            page_plots.time_of_a_request(stages),
-            "Calls of a request times the median of each stage, and its share. Blue: a graph. Orange: Python.",
+            page_plots.time_of_a_request([stage for stage in stages if stage.get("request", first) == first]),
+            f"Request {first}: calls times the median of each stage, and its share. Blue: a graph; orange: Python.",
         ),
         _table("Stages in ms per call; shares are of what was measured on this machine", columns, rows),
         "<h2>Against the machine's ceilings</h2>",
         _paragraph(f"{reached} What lies near the slope waits for memory, what lies near a level for arithmetic."),
-        _figure(page_plots.roofline(stages, ceilings), "Each graph under the two ceilings; both axes are logarithmic."),
+        _figure(page_plots.roofline(stages, ceilings), "Each graph under the ceilings; both axes are logarithmic."),
     ]
 
 
@@ -215,14 +232,16 @@ def _rivals(rivals: Sequence[dict[str, Any]]) -> list[str]:
                     times(ratio.get("median")),
                     spread(ratio.get("least"), ratio.get("most")),
                     same,
-                    Text(rival.get("note") or ""),
+                    Text(rival.get("error") or rival.get("note") or ""),
                 ],
             )
         )
     columns = ["rival", Text("part"), "time", "time / deixis", "least to most", "output", Text("note")]
     return [
         "<h2>Rivals</h2>",
-        _figure(page_plots.rivals(rivals), "Time relative to deixis: median, and least to most over the rounds."),
+        _figure(
+            page_plots.rivals(rivals), "Right of 1, deixis is faster. Dot: median; line: least to most over the rounds."
+        ),
         _table("Same weights, same inputs, each in its own process", columns, rows),
     ]
 
@@ -254,12 +273,13 @@ def _origins(report: dict[str, Any]) -> list[str]:
     bundle, machine = report["bundle"], report["machine"]
     told = {name: value for name, value in bundle.items() if name not in ("precision", "weight_bytes")}
     metrics = [(name, [f"{value:.6g}"]) for name, value in report["metrics"].items()]
+    notes = [*report.get("notes", []), *report["roofline"].get("notes", [])]
     protocol = "".join(f"<li>{escape(line)}</li>" for line in PROTOCOL)
     return [
         "<h2>What was run, on what</h2>",
-        _pairs("Machine", machine),
-        _pairs("Bundle", told),
-        _pairs("Settings", report["settings"]),
+        f'<div class="pairs">{_pairs("Machine", machine)}{_pairs("Bundle", told)}'
+        f"{_pairs('Settings', report['settings'])}</div>",
+        *(_paragraph(note, "muted") for note in notes),
         "<h2>How it was measured</h2>",
         f"<ul>{protocol}</ul>",
         "<details><summary>Every figure of the report</summary>",
@@ -269,7 +289,7 @@ def _origins(report: dict[str, Any]) -> list[str]:
 
 
 def _percentiles(found: Mapping[str, float] | None) -> list[str]:
-    return [digits(None if not found else found[name]) for name in ("p50", "p90", "p99")]
+    return [digits(found.get(name) if found else None) for name in ("p50", "p90", "p99")]
 
 
 def _p50(found: Mapping[str, float] | None) -> float | None:

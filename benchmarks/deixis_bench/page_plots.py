@@ -19,6 +19,7 @@ from deixis_bench.units import digits, percent, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -118,24 +119,22 @@ def roofline(stages: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Plot
     figure, axes = _figure(3.9)
     low = 0.5 * min(point[0] for point in points)
     high = 2 * max(*(point[0] for point in points), *(rate / bandwidth for rate in peaks.values()))
-    floor, top = 0.4 * min(point[1] for point in points), 2 * max(peaks.values())
-    for name, rate in peaks.items():
-        knee = rate / bandwidth
-        axes.plot([knee, high], [rate, rate], color=MUTED, linewidth=1.2)
-        axes.annotate(
-            f"{name}: {digits(rate, 'GFLOP/s')}", (high, rate), xytext=(0, 3), textcoords="offset points", ha="right",
-            color=MUTED,
-        )  # fmt: skip
+    for rate in peaks.values():
+        axes.plot([rate / bandwidth, high], [rate, rate], color=MUTED, linewidth=1.2)
     knee = max(peaks.values()) / bandwidth
     axes.plot([low, knee], [low * bandwidth, knee * bandwidth], color=MUTED, linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(floor, low * bandwidth), top))
+    for each, rate, _ in points:
+        axes.plot(each, rate, marker="o", color=GRAPH, markersize=7, markeredgecolor=PAPER, zorder=3)
+    floor = min(low * bandwidth, 0.4 * min(point[1] for point in points))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(floor, 2 * max(peaks.values())))
     axes.set_xlabel("FLOP per byte read")
     axes.set_ylabel("GFLOP/s reached")
-    axes.annotate(
-        f"reading: {digits(bandwidth, 'GB/s')}", (0.02, 0.98), xycoords="axes fraction", va="top", color=MUTED
-    )  # fmt: skip
+    axes.set_title(f"slope: reading at {digits(bandwidth, 'GB/s')}", loc="left", fontsize="medium", color=MUTED)
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
     axes.grid(which="major")
-    _label_in_a_column(axes, sorted(points, key=lambda point: point[1]))
+    levels = [(high, rate, f"{name}: {digits(rate)}") for name, rate in peaks.items()]
+    _label_in_a_column(axes, [*((*point, INK) for point in points), *((*level, MUTED) for level in levels)])
     said = "; ".join(f"{name} {digits(rate, 'GFLOP/s')} at {digits(each)} FLOP per byte" for each, rate, name in points)
     return _plot(figure, "roofline", f"Roofline on logarithmic axes. {said}.")
 
@@ -146,7 +145,7 @@ def latencies(rows: Sequence[tuple[str, dict[str, Any], float | None]]) -> Plot 
     rows = [row for row in rows if row[1]]
     if not rows:
         return None
-    figure, axes = _panel(len(rows), extra=0.75)
+    figure, axes = _panel(len(rows), extra=0.55)
     for row, (_, found, cold) in enumerate(rows):
         axes.plot([found["p50"], found["p99"]], [row, row], color=GRAPH, linewidth=2.2, solid_capstyle="butt")
         axes.plot(found["p50"], row, marker="o", color=GRAPH, markersize=7)
@@ -156,8 +155,8 @@ def latencies(rows: Sequence[tuple[str, dict[str, Any], float | None]]) -> Plot 
             axes.plot(cold, row, marker="D", color=MUTED, markersize=5, markerfacecolor=PAPER)
     _name_rows(axes, [row[0] for row in rows])
     axes.set_xscale("log")
-    _plain_ticks(axes)
-    axes.set_xlabel("ms   (● p50   | p90   ○ p99   ◇ cold, the first of a process)")
+    _plain_ticks(axes.xaxis)
+    axes.set_xlabel("ms")
     axes.grid(axis="x")
     said = "; ".join(
         f"{name} {digits(found['p50'])}, {digits(found['p90'])}, {digits(found['p99'])}" for name, found, _ in rows
@@ -168,7 +167,7 @@ def latencies(rows: Sequence[tuple[str, dict[str, Any], float | None]]) -> Plot 
 @_in_placeholders
 def rivals(found: Sequence[dict[str, Any]]) -> Plot | None:
     """Time relative to deixis of each rival: median, and a line from least to most over the rounds."""
-    rows = [rival for rival in found if rival.get("ratio_to_deixis")]
+    rows = [rival for rival in found if rival.get("ratio_to_deixis") and rival["name"] != "deixis"]
     if not rows:
         return None
     figure, axes = _panel(len(rows), extra=0.55)
@@ -184,7 +183,7 @@ def rivals(found: Sequence[dict[str, Any]]) -> Plot | None:
     _name_rows(axes, [f"{rival['name']}, {rival['part']}" for rival in rows])
     most = max(rival["ratio_to_deixis"]["most"] for rival in rows)
     axes.set_xlim(0, 1.2 * max(most, 1))
-    axes.set_xlabel("time relative to deixis (right of 1: deixis is faster)")
+    axes.set_xlabel("time over that of deixis")
     axes.grid(axis="x")
     said = "; ".join(f"{rival['name']}, {rival['part']} {times(rival['ratio_to_deixis']['median'])}" for rival in rows)
     return _plot(figure, "rivals", f"Time relative to deixis, medians: {said}.")
@@ -239,30 +238,30 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """Ticks of a logarithmic axis as 1, 2, 5, 10, 20 ... instead of powers."""
+def _plain_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as 1, 10, 100 instead of powers; over few decades 1, 2, 5, 10 ..."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: digits(value) if value < 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _label_in_a_column(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Name the points right of the axes, each with a line to its point; names that would overlap move apart."""
+def _label_in_a_column(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name points (x, y, name, colour) right of the axes, with a line to each; names that would overlap move apart."""
     step = 0.058  # of the axes' height: a line of type
     low, high = axes.get_ylim()
+    points = sorted(points, key=lambda point: point[1])
     heights: list[float] = []
-    for _, rate, _ in points:
+    for _, rate, _, _ in points:
         wanted = math.log(rate / low) / math.log(high / low)
         heights.append(wanted if not heights else max(wanted, heights[-1] + step))
     over = max(0.0, heights[-1] - 1)
-    for (each, rate, name), height in zip(points, heights, strict=True):
-        axes.plot(each, rate, marker="o", color=GRAPH, markersize=7, markeredgecolor=PAPER, zorder=3)
+    for (each, rate, name, colour), height in zip(points, heights, strict=True):
         axes.annotate(
             _short(name), (each, rate), xytext=(1.03, height - over), textcoords="axes fraction", va="center",
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": GRAPH, "linewidth": 0.6, "shrinkB": 4},
+            color=colour, arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 4},
         )  # fmt: skip
 
 

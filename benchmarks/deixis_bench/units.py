@@ -21,12 +21,15 @@ def digits(value: float | None, unit: str = "") -> str:
 
 def percent(share: float | None) -> str:
     """A share of 1 as whole percents."""
-    return MISSING if share is None else f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+    if share is None:
+        return MISSING
+    text = "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
+    return f"{text}\N{NO-BREAK SPACE}%"
 
 
 def megabytes(size: float | None) -> str:
-    """Bytes in MB (10^6)."""
-    return MISSING if size is None else digits(size / 1e6, "MB")
+    """Bytes in MB of 2^20, as the system counts memory."""
+    return MISSING if size is None else digits(size / (1 << 20), "MB")
 
 
 def large(value: float | None, unit: str) -> str:
