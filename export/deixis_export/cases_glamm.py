@@ -69,11 +69,14 @@ def make_cases(model: Glamm, sizes: Sizes, seed: int = 0) -> dict[str, Case]:
         embed_index[:, :spliced] = torch.randint(0, len(visual), (sizes.R, spliced), generator=generator)
         return {"ids": ids(sizes.R, length), "visual": visual, "embed_index": embed_index}
 
+    banned = torch.tensor([-1, 5])[torch.arange(sizes.R) % 2]
     empty = empty_caches(config.llama, sizes.R, sizes.T)
-    cases["decoder_step"] = {**words(sizes.position, sizes.position - 1), "position": torch.tensor([0]), **empty}
+    begin = {**words(sizes.position, sizes.position - 1), "position": torch.tensor([0]), "banned": banned}
+    cases["decoder_step"] = {**begin, **empty}
     written = run("decoder_step")
     own = {name: compact(written[name.replace(".", "_out.")]) for name in empty}
-    cases["decoder_step"] = {**words(sizes.S, 1), "position": torch.tensor([sizes.position]), **own}
+    place = torch.tensor([sizes.position])
+    cases["decoder_step"] = {**words(sizes.S, 1), "position": place, "banned": banned, **own}
     states = compact(run("decoder_step")["states"]).flatten(0, 1)[: sizes.M]
 
     image, valid = example_picture(config.image_size, sizes.B, seed + 1)

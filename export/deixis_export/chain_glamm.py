@@ -139,12 +139,12 @@ def _answers(
 ) -> list[list[int]]:
     """Greedy answers of at most `length` ids, each with its end id if it ended."""
     session = pipeline.session(scenes, len(prompts[0]) + pipeline.conversation.image_tokens + length)
-    logits, _ = session.feed(np.array(prompts), [None, vectors])
+    top, _ = session.feed(np.array(prompts), [None, vectors])
     end = pipeline.manifest.tokenizer.end_id
-    chosen = [logits.argmax(axis=1)]
+    chosen = [top.ids[:, 0].copy()]
     for _ in range(length - 1):
-        logits, _ = session.step(chosen[-1])
-        chosen.append(logits.argmax(axis=1))
+        top, _ = session.step(chosen[-1])
+        chosen.append(top.ids[:, 0].copy())
     rows = np.stack(chosen, axis=1).tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deixis_export.graph_spec import GraphSpec, TensorSpec, View, pairs_of, run_torch
+from deixis_export.step_head import BANNED, top_of, top_specs
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
 
@@ -42,11 +43,14 @@ class TextEncoder(_View):
 
 
 class DecoderStep(_View):
-    def forward(self, ids: Tensor, position: Tensor, encoder_mask: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, ids: Tensor, position: Tensor, banned: Tensor, encoder_mask: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
         pairs = pairs_of(caches)
         cross, own = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         logits, features, written = self.model.text.step(ids, position, own, cross, encoder_mask > 0.5)
-        return (logits, features, *_locations(self.model, features), *(tensor for pair in written for tensor in pair))
+        places = _locations(self.model, features)
+        return (*top_of(logits, banned), features, *places, *(tensor for pair in written for tensor in pair), logits)
 
 
 class DecoderPass(_View):
@@ -166,13 +170,15 @@ def graph_specs(model: PixelLLM) -> dict[str, GraphSpec[PixelLLM]]:
             (
                 TensorSpec("ids", ("R", "S"), "int64"),
                 TensorSpec("position", (1,), "int64"),
+                BANNED,
                 *cross,
                 *_caches("self", config, "R", "T"),
             ),
             (
-                TensorSpec("logits", ("R", config.text.vocab)),
+                *top_specs(config.text.vocab),
                 *text_outputs("R", "S"),
                 *_caches("self", config, "R", "T", "_out"),
+                TensorSpec("logits", ("R", config.text.vocab)),
             ),
             DecoderStep,
             ("text", "point_predictor"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deixis_export.graph_spec import GraphSpec, TensorSpec, View, pairs_of
+from deixis_export.step_head import BANNED, top_of, top_specs
 from deixis_train.models.glamm.config import GlammConfig, LlamaConfig
 from deixis_train.models.glamm.glamm import Glamm
 from deixis_train.models.glamm.llama import Llama
@@ -27,9 +28,9 @@ class RegionEncoder(_View):
 
 class DecoderStep(_View):
     def forward(
-        self, ids: Tensor, visual: Tensor, embed_index: Tensor, position: Tensor, *caches: Tensor
+        self, ids: Tensor, visual: Tensor, embed_index: Tensor, position: Tensor, banned: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
-        return _step(self.model.llama, self.model.splice(ids, visual, embed_index), position, caches)
+        return _step(self.model.llama, self.model.splice(ids, visual, embed_index), position, banned, caches)
 
 
 class GroundingEncoder(_View):
@@ -45,13 +46,16 @@ class PixelDecoder(_View):
 class LanguageStep(View[Llama]):
     """The decoder step of a language model without pictures."""
 
-    def forward(self, ids: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        return _step(self.model, self.model.embed(ids), position, caches)
+    def forward(self, ids: Tensor, position: Tensor, banned: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        return _step(self.model, self.model.embed(ids), position, banned, caches)
 
 
-def _step(llama: Llama, embeds: Tensor, position: Tensor, caches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _step(
+    llama: Llama, embeds: Tensor, position: Tensor, banned: Tensor, caches: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     states, written = llama.step(embeds, position, pairs_of(caches))
-    return (llama.head(states[:, -1]), states, *(tensor for pair in written for tensor in pair))
+    logits = llama.head(states[:, -1])
+    return (*top_of(logits, banned), states, *(tensor for pair in written for tensor in pair), logits)
 
 
 def _caches(config: LlamaConfig, suffix: str = "") -> tuple[TensorSpec, ...]:
@@ -63,7 +67,7 @@ def _caches(config: LlamaConfig, suffix: str = "") -> tuple[TensorSpec, ...]:
 
 def _step_outputs(config: LlamaConfig) -> tuple[TensorSpec, ...]:
     logits, states = TensorSpec("logits", ("R", config.vocab)), TensorSpec("states", ("R", "S", config.emb))
-    return (logits, states, *_caches(config, "_out"))
+    return (*top_specs(config.vocab), states, *_caches(config, "_out"), logits)
 
 
 def empty_caches(config: LlamaConfig, rows: int, capacity: int) -> dict[str, Tensor]:
@@ -73,8 +77,9 @@ def empty_caches(config: LlamaConfig, rows: int, capacity: int) -> dict[str, Ten
 
 
 def language_step_spec(config: LlamaConfig) -> GraphSpec[Llama]:
-    """The step graph of a LLaMA alone: `ids` [R, S] and `position` [1] in place of spliced embeddings."""
-    inputs = (TensorSpec("ids", ("R", "S"), "int64"), TensorSpec("position", (1,), "int64"), *_caches(config))
+    """The step graph of a LLaMA alone: `ids` [R, S] in place of spliced embeddings."""
+    new = (TensorSpec("ids", ("R", "S"), "int64"), TensorSpec("position", (1,), "int64"), BANNED)
+    inputs = (*new, *_caches(config))
     parts = ("embed_tokens", "layers", "norm", "lm_head")
     return GraphSpec("decoder_step", inputs, _step_outputs(config), LanguageStep, parts)
 
@@ -122,6 +127,7 @@ def graph_specs(model: Glamm) -> dict[str, GraphSpec[Glamm]]:
                     TensorSpec("visual", ("V", llama.emb)),
                     TensorSpec("embed_index", ("R", "S"), "int64"),
                     TensorSpec("position", (1,), "int64"),
+                    BANNED,
                     *_caches(llama),
                 ),
                 _step_outputs(llama),

@@ -24,8 +24,9 @@ _ROWS, _NEW, _POSITION, _CAPACITY = 2, 5, 4, 12  # of the example: new ids behin
 def export_language_model(llama: Llama, folder: Path, precision: PrecisionName = "fp32", seed: int = 0) -> ParityRecord:
     """Write `decoder_step.onnx` and its weights `decoder_step.data` into an existing folder.
 
-    Inputs are `ids` [R, S] and `position` [1] int64 and the caches `self_key.i`, `self_value.i` [R, Hkv, T, Dh],
-    outputs `logits` [R, vocab] of the last position, `states` [R, S, D] and the caches. A vocabulary head that is the
+    Inputs are `ids` [R, S], `position` [1] and `banned` [R] int64 and the caches `self_key.i`, `self_value.i`
+    [R, Hkv, T, Dh], outputs `top_ids` and `top_log_probs` [R, K], `states` [R, S, D], the caches, and `logits`
+    [R, vocab] of the last position. A vocabulary head that is the
     embedding table is stored once, and stays out of int8.
 
     Args:
@@ -48,10 +49,11 @@ def export_language_model(llama: Llama, folder: Path, precision: PrecisionName =
     def words(length: int) -> torch.Tensor:
         return torch.randint(0, llama.config.vocab, (_ROWS, length), generator=generator)
 
-    empty = empty_caches(llama.config, _ROWS, _CAPACITY)
-    first = run_torch(spec, llama, {"ids": words(_POSITION), "position": torch.tensor([0]), **empty})
+    empty, banned = empty_caches(llama.config, _ROWS, _CAPACITY), torch.tensor([-1, 3])
+    begin = {"ids": words(_POSITION), "position": torch.tensor([0]), "banned": banned}
+    first = run_torch(spec, llama, {**begin, **empty})
     filled = {name: first[name.replace(".", "_out.")] for name in empty}
-    example = {"ids": words(_NEW), "position": torch.tensor([_POSITION]), **filled}
+    example = {"ids": words(_NEW), "position": torch.tensor([_POSITION]), "banned": banned, **filled}
     expected = {name: value.numpy() for name, value in run_torch(spec, llama, example).items()}
     with WeightFile(folder / f"{spec.role}.data") as weights:
         trace_and_write(spec, llama, example, folder, weights, precision)

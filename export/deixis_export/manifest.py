@@ -32,6 +32,7 @@ from deixis.bundle import (
     TokenizerSpec,
 )
 from deixis.errors import ExportError
+from deixis_export.step_head import reductions
 from deixis_train.losses.boxes import DELTA_SCALE, MAX_LOG_SCALE
 from deixis_train.models.config import PixelLLMConfig
 from deixis_train.models.pixelllm import PixelLLM
@@ -145,7 +146,7 @@ def make_manifest(model: PixelLLM, overrides: Overrides, contents: Contents) -> 
     config = model.config
     cache = CacheSpec(config.text.layers, config.text.heads, config.text.head_dim)
     return Manifest(
-        format=Format(FORMAT_NAME, "1.0" if detection is None else "1.1"),  # the oldest that has it all
+        format=Format(FORMAT_NAME, "1.3"),  # the oldest that has it all
         model=ModelInfo("pixelllm", config.name),
         files=contents.files,
         graphs=contents.graphs,
@@ -168,6 +169,7 @@ def make_manifest(model: PixelLLM, overrides: Overrides, contents: Contents) -> 
         golden=contents.golden_file,
         provenance=contents.provenance(),
         detection=detection,
+        reductions=reductions(config.text.vocab),
     )
 
 

@@ -19,6 +19,7 @@ from deixis.bundle import (
 )
 from deixis.glamm.session import BLOCK
 from deixis_export.manifest import MAX_PICTURES, MAX_ROWS, Contents, Overrides, override_tasks
+from deixis_export.step_head import reductions
 from deixis_train.glamm.conversations import conversation_spec
 from deixis_train.models.glamm.config import GlammConfig
 from deixis_train.models.glamm.glamm import Glamm
@@ -57,7 +58,7 @@ def make_manifest(model: Glamm, overrides: Overrides, contents: Contents) -> Man
     config = model.config
     tasks, ids, llama = task_table(config, overrides), config.ids, config.llama
     return Manifest(
-        format=Format(FORMAT_NAME, "1.2"),
+        format=Format(FORMAT_NAME, "1.3"),
         model=ModelInfo("glamm", config.name),
         files=contents.files,
         graphs=contents.graphs,
@@ -76,4 +77,5 @@ def make_manifest(model: Glamm, overrides: Overrides, contents: Contents) -> Man
         global_image=ImageSpec(
             config.clip.image_size, resize=config.clip.fit, interpolation="bicubic", antialias=True, pad="none"
         ),
+        reductions=reductions(llama.vocab),
     )

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deixis.bundle import CacheSpec
+from deixis.bundle import CacheSpec, Manifest
+from deixis.decoding import Top
 from deixis.engines import Arrays, Engine
 
 Floats = NDArray[np.float32]
+
+CANDIDATES = 16  # next ids that the step looks at in each row, at most
 
 
 @dataclass(frozen=True)
@@ -123,25 +126,61 @@ class DecodeState:
         return cls(cross, SelfCache(spec, cross.rows * beams, capacity))
 
 
+@dataclass(frozen=True)
+class StepHead:
+    """What the step graph gives of the next id: logits over `vocabulary` ids, and the likeliest `candidates` of them.
+
+    reduced: the graph finds the candidates; that of a bundle before 1.3 does not.
+    """
+
+    vocabulary: int
+    candidates: int
+    reduced: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> StepHead:
+        vocabulary, own = manifest.tokenizer.vocab_size, manifest.reductions
+        return cls(vocabulary, min(CANDIDATES, vocabulary) if own is None else own.candidates, own is not None)
+
+
 class StepGraph:
     """The decoder-step graph tied to a self cache, for `width` ids a row at once: 1 when generating, more to prefill.
 
-    All arrays are bound once; a run writes ids and position in place. `given`: the graph's other inputs; `more`: the
-    outputs wanted beside the logits, which every run overwrites.
+    All arrays are bound once; a run writes ids, position and bans in place. `given`: the graph's other inputs; `more`:
+    the outputs wanted beside those of the head, which every run overwrites. `with_logits`: they are wanted too.
     """
 
     def __init__(
-        self, engine: Engine, cache: SelfCache, width: int, vocabulary: int, given: Arrays, more: Arrays
+        self,
+        engine: Engine,
+        cache: SelfCache,
+        width: int,
+        head: StepHead,
+        given: Arrays,
+        more: Arrays,
+        with_logits: bool,
     ) -> None:
+        rows = cache.rows
         self.cache = cache
-        self._ids = np.zeros((cache.rows, width), np.int64)
+        self._head = head
+        self._ids = np.zeros((rows, width), np.int64)
         self._position = np.zeros(1, np.int64)
-        self._logits = np.zeros((cache.rows, vocabulary), np.float32)
+        self._banned = np.full(rows, -1, np.int64)
+        logits = np.zeros((rows, head.vocabulary), np.float32) if with_logits or not head.reduced else None
+        kept = (rows, head.candidates)
+        self._top = Top(np.zeros(kept, np.int64), np.zeros(kept, np.float32), logits)
         inputs = {"ids": self._ids, "position": self._position, **given, **cache.inputs()}
-        self._run = engine.bind("decoder_step", inputs, {"logits": self._logits, **more, **cache.outputs()})
+        outputs = {**more, **cache.outputs()}
+        if head.reduced:
+            inputs["banned"] = self._banned
+            outputs |= {"top_ids": self._top.ids, "top_log_probs": self._top.log_probs}
+        if logits is not None:
+            outputs["logits"] = logits
+        self._run = engine.bind("decoder_step", inputs, outputs)
 
-    def run(self, ids: NDArray[np.int64]) -> Floats:
-        """Consume ids [R, width]. Returns logits [R, V] of what follows the last, which the next run overwrites.
+    def run(self, ids: NDArray[np.int64], banned: NDArray[np.int64] | None = None) -> Top:
+        """Consume ids [R, width]. Returns what may follow the last; the next run overwrites it. `banned` [R] is an id
+        that shall not, -1 or None for none.
 
         Raises ValueError when the cache is full. A run that raises has consumed nothing.
         """
@@ -149,26 +188,32 @@ class StepGraph:
         self.cache.advance(self._ids.shape[1])
         self._ids[...] = ids
         self._position[0] = position
+        self._banned[...] = -1 if banned is None else banned
         try:
             self._run()
         except BaseException:
             self.cache.rewind(position)
             raise
-        return self._logits
+        if self._head.reduced:
+            return self._top
+        assert self._top.logits is not None
+        return Top.of_logits(self._top.logits, banned, self._head.candidates)
 
 
 class StepDecoder:
     """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`)."""
 
-    def __init__(self, engine: Engine, state: DecodeState, vocabulary: int, points: int) -> None:
+    def __init__(self, engine: Engine, state: DecodeState, head: StepHead, points: int) -> None:
         self.state = state
+        # Beams of one prompt compete, and may do so beyond the candidates of each.
+        beams = state.self_cache.rows > state.cross.rows
         self._locations = np.zeros((state.self_cache.rows, 1, points, 2), np.float32)
         places = {"locations": self._locations} if points else {}  # without a location head the graph has none
-        self._graph = StepGraph(engine, state.self_cache, 1, vocabulary, state.cross.inputs(), places)
+        self._graph = StepGraph(engine, state.self_cache, 1, head, state.cross.inputs(), places, beams)
 
-    def step(self, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Consume ids [R]. Returns logits [R, V] and locations [R, points, 2]; the next step overwrites both."""
-        return self._graph.run(ids[:, None]), self._locations[:, 0]
+    def step(self, ids: NDArray[np.int64], banned: NDArray[np.int64] | None = None) -> tuple[Top, Floats]:
+        """Consume ids [R]. Returns what may follow, and locations [R, points, 2]; the next step overwrites both."""
+        return self._graph.run(ids[:, None], banned), self._locations[:, 0]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         self.state.self_cache.reorder(rows)

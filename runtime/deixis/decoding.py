@@ -5,6 +5,9 @@ BOS at 0, generated ids at 1 .. length - 2, the last place is never written. One
 and chooses those at `index`; the location it returns belongs to the consumed id. So the last id of a caption that was
 cut by the length is consumed by one extra step, which chooses nothing.
 
+Of the logits of a step only the likeliest ids count, a handful per row (`Top`): the graph picks them, so nothing here
+is as wide as the vocabulary, but for ties that a handful cannot settle.
+
 Rows never influence each other: each prompt ends by its own rule, so a batch gives what its prompts give one by one.
 (The reference ends beam search when all rows may end; a row that may end cannot change any more, as no later hypothesis
 can score higher than the bound of the stop rule.)
@@ -30,20 +33,47 @@ _BLOCK = 64  # values whose maximum is taken together in the search for the larg
 REPEAT_CEILING = np.float32(-1e4)  # the logit of the previous id is lowered to this at most
 
 
+@dataclass(frozen=True)
+class Top:
+    """The likeliest next ids of R rows, best first, of equally likely ones the lower id first.
+
+    ids [R, K]; log_probs [R, K] of them among all ids, banned ones lowered before. logits [R, V] as the model gives
+    them, nothing lowered; None where the graph's were not asked for.
+    """
+
+    ids: Ids
+    log_probs: Floats
+    logits: Floats | None = None
+
+    @classmethod
+    def of_logits(cls, logits: Floats, banned: Ids | None, count: int) -> Top:
+        """What a graph makes of its logits [R, V], in numpy; K is `count`, or V if that is less.
+
+        banned [R]: an id whose logit is lowered to REPEAT_CEILING at most; -1 for none.
+        """
+        allowed = np.array(logits, np.float32)
+        if banned is not None:
+            rows = np.flatnonzero(banned >= 0)
+            own = banned[rows]
+            allowed[rows, own] = np.minimum(allowed[rows, own], REPEAT_CEILING)
+        log_probs, ids = _top(log_softmax(allowed), count)
+        return cls(ids, log_probs, logits)
+
+
 class Stepper(Protocol):
     """What greedy search needs of a model. Returned arrays may be overwritten by the next step."""
 
-    def step(self, ids: Ids) -> tuple[Floats, Floats]:
-        """Consume one id per row, ids [R].
+    def step(self, ids: Ids, banned: Ids | None = None) -> tuple[Top, Floats]:
+        """Consume one id per row, ids [R]; `banned` [R] as in `Top.of_logits`.
 
-        Returns logits [R, V] of the next id and locations [R, points, 2] of the consumed; greedy search hands on
-        whatever the model knows of a consumed id, [R, ...].
+        Returns the likeliest next ids and locations [R, points, 2] of the consumed; greedy search hands on whatever the
+        model knows of a consumed id, [R, ...].
         """
         ...
 
 
 class Decoder(Stepper, Protocol):
-    """What beam search needs of a model."""
+    """What beam search needs of a model. Its steps give logits too."""
 
     def reorder(self, rows: Ids) -> None:
         """Row r continues what row rows[r] was, rows [R]."""
@@ -111,18 +141,12 @@ def greedy_steps(decoder: Stepper, rows: int, rules: DecodeRules, check: Check) 
 
     `check` runs before each step.
     """
-    every = np.arange(rows)
     previous = np.full(rows, rules.begin_id, np.int64)
     ended = np.zeros(rows, bool)
     for index in range(1, rules.length - 1):
         check()
-        logits, locations = decoder.step(previous)
-        logits = np.array(logits, np.float32)
-        if rules.ban_repeat:
-            logits[every, previous] = np.minimum(logits[every, previous], REPEAT_CEILING)
-        log_probs = log_softmax(logits)
-        ids = log_probs.argmax(axis=1)
-        best = log_probs[every, ids]
+        top, locations = decoder.step(previous, previous if rules.ban_repeat else None)
+        ids, best = top.ids[:, 0].copy(), top.log_probs[:, 0].copy()
         _require_finite(best)
         ids[ended] = rules.end_id
         best[ended] = 0.0
@@ -174,17 +198,13 @@ def beam_search(decoder: Decoder, rows: int, rules: DecodeRules, check: Check) -
         if done.all():
             break
         check()
-        logits, locations = decoder.step(live.tokens[:, :, index - 1].ravel())
+        top, locations = decoder.step(live.tokens[:, :, index - 1].ravel())
         live.keep_locations(index - 1, locations)
-        token_log_probs = log_softmax(np.asarray(logits, np.float32))
-        vocabulary = token_log_probs.shape[1]
-        totals = (token_log_probs + live_scores.reshape(-1, 1)).reshape(rows, -1)
-        scores, flat = _top(totals, beams * rules.beams_per_node)
+        scores, parents, ids, log_probs = _continuations(top, live_scores, beams * rules.beams_per_node, done)
         _require_finite(scores)
-        parents, ids = np.divmod(flat, vocabulary)
         candidates = live.pick(parents)
         candidates.tokens[:, :, index] = ids
-        candidates.log_probs[:, :, index] = token_log_probs.reshape(rows, -1)[np.arange(rows)[:, None], flat]
+        candidates.log_probs[:, :, index] = log_probs
         ended = ids == rules.end_id
 
         live_scores, kept = _top(scores + ended * NEG, beams)
@@ -234,6 +254,38 @@ def collect_beam(beams: Beams, row: int, beam: int, rules: DecodeRules) -> Decod
         float(beams.scores[row, beam]),
         bool(beams.finished[row]),
     )
+
+
+def _continuations(
+    top: Top, live_scores: Floats, count: int, done: NDArray[np.bool_]
+) -> tuple[Floats, Ids, Ids, Floats]:
+    """The best `count` continuations of every prompt by one id: total scores, beams they continue, ids, and the ids'
+    log-probabilities, all [N, count], best first; of equal ones the lower beam first, then the lower id.
+
+    Of each beam its K likeliest ids are enough: what is not among them is less likely than K others of the same beam.
+    But totals are rounded, so the last of a beam may be as good as the last that is taken, and so may be ids behind
+    it. Then, and where K is too small, all logits decide. Prompts that are `done` [N] do not matter.
+    """
+    _require_finite(top.log_probs[:, 0])
+    rows, beams = live_scores.shape
+    kept = top.ids.shape[1]
+    logits = top.logits
+    assert logits is not None, "beam search needs a decoder that gives logits"
+    vocabulary = logits.shape[1]
+    if kept * beams >= min(count, beams * vocabulary):
+        totals = (top.log_probs + live_scores.reshape(-1, 1)).reshape(rows, -1)
+        places = (top.ids.reshape(rows, beams, kept) + np.arange(beams)[:, None] * vocabulary).reshape(rows, -1)
+        order = np.lexsort((places, -totals))[:, :count]
+        scores = np.take_along_axis(totals, order, axis=1)
+        behind = totals.reshape(rows, beams, kept)[:, :, -1].max(axis=1) >= scores[:, -1]
+        if kept == vocabulary or not (behind & ~done).any():
+            ids = np.take_along_axis(top.ids.reshape(rows, -1), order, axis=1)
+            log_probs = np.take_along_axis(top.log_probs.reshape(rows, -1), order, axis=1)
+            return scores, order // kept, ids, log_probs
+    every = log_softmax(np.asarray(logits, np.float32))
+    scores, flat = _top((every + live_scores.reshape(-1, 1)).reshape(rows, -1), count)
+    parents, ids = np.divmod(flat, vocabulary)
+    return scores, parents, ids, np.take_along_axis(every.reshape(rows, -1), flat, axis=1)
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FORMAT_NAME = "deixis-bundle"
-FORMAT_VERSION = (1, 2)  # 1.1: `detection`; 1.2: the family "glamm"
+FORMAT_VERSION = (1, 3)  # 1.1: `detection`; 1.2: the family "glamm"; 1.3: `reductions`
 
 Dim = int | str  # a fixed size, or the name of a symbolic dimension
 
@@ -105,6 +105,17 @@ class ImageSpec:
     pad: Literal["right_bottom", "none"] = "right_bottom"
     pad_value: float = 0.0
     channels: Literal["RGB"] = "RGB"
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """What `decoder_step` makes of its logits: the likeliest `candidates` ids of each row and their log-probabilities.
+
+    Its input `banned` names an id per row whose logit is lowered to `ban_ceiling` at most before, or -1.
+    """
+
+    candidates: int
+    ban_ceiling: float = -1e4
 
 
 @dataclass(frozen=True)
@@ -246,10 +257,16 @@ class Manifest:
     conversation: ConversationSpec | None = None  # since 1.2; of the family glamm
     # since 1.2; what the global encoder of glamm sees, `image` being masks' input
     global_image: ImageSpec | None = None
+    reductions: Reductions | None = None  # since 1.3; before, `decoder_step` gives logits only
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        for name in ("detection", "conversation", "global_image"):  # an older runtime does not know the field
+        for name in (
+            "detection",
+            "conversation",
+            "global_image",
+            "reductions",
+        ):  # an older runtime does not know the field
             if values[name] is None:
                 del values[name]
         return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

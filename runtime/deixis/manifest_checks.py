@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pixelllm": (("location", "prompts", "caches.cross_cache"), ()),  # a bundle may only segment
     "glamm": (("conversation", "global_image"), ("global_encoder", "decoder_step")),
 }
+_REDUCED = {"banned", "top_ids", "top_log_probs"}  # tensors of decoder_step that go with `reductions`
 _SQUARE = ("center_crop", "stretch")  # rules without padding
 _MAY_HAVE: dict[str, tuple[str, ...]] = {"pixelllm": ("detection",), "glamm": ()}
 
@@ -64,6 +65,7 @@ def check_references(manifest: Manifest) -> list[str]:
     problems += _check_detection(manifest)
     problems += _check_conversation(manifest)
     problems += _check_family(manifest)
+    problems += _check_reductions(manifest)
     problems += [
         f"files.{name}: needs a sha256 of 64 hexadecimal digits and a size from 0 on"
         for name, info in manifest.files.items()
@@ -146,6 +148,23 @@ def _check_family(manifest: Manifest) -> list[str]:
         version = manifest.format.version
         if int(version.split(".")[1]) < 2:  # else an older runtime would call the bundle broken instead of too new
             problems.append(f"format.version: the family glamm needs 1.2, found {version}")
+    return problems
+
+
+def _check_reductions(manifest: Manifest) -> list[str]:
+    """`reductions` says that `decoder_step` has them, and how many candidates it gives."""
+    spec, step = manifest.reductions, manifest.graphs.get("decoder_step")
+    has = set() if step is None else _REDUCED & {*step.inputs, *step.outputs}
+    if spec is None:
+        return [f"reductions: missing, but graphs.decoder_step has {', '.join(sorted(has))}"] if has else []
+    problems = [f"reductions: graphs.decoder_step has no {name}" for name in sorted(_REDUCED - has)]
+    if not 1 <= spec.candidates <= manifest.tokenizer.vocab_size:
+        most = manifest.tokenizer.vocab_size
+        problems.append(f"reductions.candidates: must lie in 1..{most}, found {spec.candidates}")
+    if step is not None and not problems:
+        for name in ("top_ids", "top_log_probs"):
+            if step.outputs[name].shape[-1:] != (spec.candidates,):
+                problems.append(f"graphs.decoder_step.outputs.{name}: must have {spec.candidates} of a row")
     return problems
 
 

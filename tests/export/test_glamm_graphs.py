@@ -36,8 +36,8 @@ CONTRACT = {  # docs/bundle.md
     "global_encoder": (["image"], ["features", *LEVELS]),
     "region_encoder": ([*LEVELS, "boxes", "image_index"], ["regions"]),
     "decoder_step": (
-        ["ids", "visual", "embed_index", "position", *_layers()],
-        ["logits", "states", *_layers("_out")],
+        ["ids", "visual", "embed_index", "position", "banned", *_layers()],
+        ["top_ids", "top_log_probs", "states", *_layers("_out"), "logits"],
     ),
     "grounding_encoder": (["image", "valid_hw"], ["sam"]),
     "pixel_decoder": (["states", "sam", "image_index"], ["masks", "iou"]),
@@ -45,10 +45,10 @@ CONTRACT = {  # docs/bundle.md
 
 # Operators that the graphs may use; all of them standard and within what TensorRT takes. No If, no Loop.
 _OPERATORS = (
-    "Add Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather Gemm "
-    "GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual MatMul Mul Neg Pad Pow Range "
-    "Reciprocal ReduceMean Relu Reshape Resize RoiAlign ScatterElements Shape Sigmoid Sin Slice Softmax Sqrt Squeeze "
-    "Sub Transpose Unsqueeze Where"
+    "Add Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather GatherElements "
+    "Gemm GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual LogSoftmax MatMul Mul Neg "
+    "Pad Pow Range Reciprocal ReduceMean Relu Reshape Resize RoiAlign ScatterElements Shape Sigmoid Sin Slice Softmax Sqrt Squeeze "
+    "Sub TopK Transpose Unsqueeze Where"
 )
 ALLOWED = set(_OPERATORS.split())
 
@@ -135,7 +135,7 @@ def _text(rows: int, length: int) -> dict[str, np.ndarray]:
 
 def _part(text: dict[str, np.ndarray], begin: int, end: int) -> dict[str, np.ndarray]:
     cut = {name: np.ascontiguousarray(text[name][:, begin:end]) for name in ("ids", "embed_index")}
-    return {**cut, "visual": text["visual"], "position": np.array([begin])}
+    return {**cut, "visual": text["visual"], "position": np.array([begin]), "banned": np.full(len(text["ids"]), -1)}
 
 
 def _written(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

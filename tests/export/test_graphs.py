@@ -29,8 +29,8 @@ CONTRACT = {  # docs/bundle.md
     "prompt_extractor": (["features", "image_index", "points", "labels"], ["visual_prefix"]),
     "text_encoder": (["visual_prefix", "context_ids"], CROSS),
     "decoder_step": (
-        ["ids", "position", *CROSS, *_layers("self_key", "self_value")],
-        ["logits", "features", "locations", *_layers("self_key_out", "self_value_out")],
+        ["ids", "position", "banned", *CROSS, *_layers("self_key", "self_value")],
+        ["top_ids", "top_log_probs", "features", "locations", *_layers("self_key_out", "self_value_out"), "logits"],
     ),
     "decoder_pass": (["ids", *CROSS], ["features", "locations"]),
     "mask_adapter": (["visual_prefix", "features"], ["prompt_delta"]),
@@ -39,10 +39,10 @@ CONTRACT = {  # docs/bundle.md
 
 # Operators that the graphs may use; all of them standard and within what TensorRT takes.
 _OPERATORS = (
-    "Add And Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather Gemm "
-    "Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Not Pad Pow Range "
-    "Reciprocal ReduceMean Relu Reshape ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub "
-    "Tanh Transpose Unsqueeze Where "
+    "Add And Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather "
+    "GatherElements Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual LogSoftmax MatMul Max Min "
+    "Mul Neg Not Pad Pow Range Reciprocal ReduceMean Relu Reshape ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub "
+    "Tanh TopK Transpose Unsqueeze Where "
 )
 ALLOWED = set(_OPERATORS.split())
 
@@ -125,12 +125,13 @@ def test_steps_a_wide_step_and_the_pass_agree(bundle: Bundle, model: PixelLLM) -
     cross, words = _decoder_inputs(model, 3)
     step = GraphSession(bundle.file(bundle.manifest.graphs["decoder_step"].file), threads=1)
     whole = GraphSession(bundle.file(bundle.manifest.graphs["decoder_pass"].file), threads=1)
-    wide = step.run({"ids": words, "position": np.array([0]), **cross, **_empty_cache(model, 3, 10)})
+    none = np.full(3, -1)
+    wide = step.run({"ids": words, "position": np.array([0]), "banned": none, **cross, **_empty_cache(model, 3, 10)})
 
     cache, narrow = _empty_cache(model, 3, 10), []
     for position in range(words.shape[1]):
         ids = words[:, position : position + 1]
-        out = step.run({"ids": ids, "position": np.array([position]), **cross, **cache})
+        out = step.run({"ids": ids, "position": np.array([position]), "banned": none, **cross, **cache})
         cache = _written(out)
         narrow.append(out["features"])
     np.testing.assert_allclose(np.concatenate(narrow, axis=1), wide["features"], rtol=0, atol=1e-5)
@@ -147,9 +148,10 @@ def test_beams_share_a_cross_cache_row(bundle: Bundle, model: PixelLLM) -> None:
     cross, words = _decoder_inputs(model, 2)
     session = GraphSession(bundle.file(bundle.manifest.graphs["decoder_step"].file), threads=1)
     beams = np.stack([words[:, :4], words[:, 4:]], axis=1).reshape(4, 4)  # row = prompt * 2 + beam
-    shared = session.run({"ids": beams, "position": np.array([0]), **cross, **_empty_cache(model, 4, 6)})
+    new = {"ids": beams, "position": np.array([0]), "banned": np.full(4, -1)}
+    shared = session.run({**new, **cross, **_empty_cache(model, 4, 6)})
     tiled = {name: np.repeat(value, 2, axis=0) for name, value in cross.items()}
-    apart = session.run({"ids": beams, "position": np.array([0]), **tiled, **_empty_cache(model, 4, 6)})
+    apart = session.run({**new, **tiled, **_empty_cache(model, 4, 6)})
     np.testing.assert_allclose(shared["logits"], apart["logits"], rtol=0, atol=1e-5)
 
 
@@ -161,14 +163,15 @@ def test_caches_may_be_written_in_place(bundle: Bundle, model: PixelLLM) -> None
     logits = np.empty((2, model.config.t5.vocab), np.float32)
     for position in range(4):
         ids = np.ascontiguousarray(words[:, position : position + 1])
-        inputs = {"ids": ids, "position": np.array([position]), **cross, **cache}
+        new = {"ids": ids, "position": np.array([position]), "banned": np.full(2, -1)}
+        inputs = {**new, **cross, **cache}
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_input(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
         for name, value in {"logits": logits, **{n.replace(".", "_out."): v for n, v in cache.items()}}.items():
             binding.bind_output(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
         session.run_with_iobinding(binding)
-        expected = separate.run({"ids": ids, "position": np.array([position]), **cross, **other})
+        expected = separate.run({**new, **cross, **other})
         other = _written(expected)
         np.testing.assert_array_equal(logits, expected["logits"])
         for name, value in cache.items():
@@ -193,9 +196,10 @@ def test_position_zero_padding_never_reaches_what_is_read(bundle: Bundle, model:
     """Capacity beyond what is used changes nothing, whatever finite numbers lie there."""
     cross, words = _decoder_inputs(model, 1)
     session = GraphSession(bundle.file(bundle.manifest.graphs["decoder_step"].file), threads=1)
-    small = session.run({"ids": words, "position": np.array([0]), **cross, **_empty_cache(model, 1, 8)})
+    new = {"ids": words, "position": np.array([0]), "banned": np.array([-1])}
+    small = session.run({**new, **cross, **_empty_cache(model, 1, 8)})
     filled = {name: value + 7.5 for name, value in _empty_cache(model, 1, 30).items()}
-    large = session.run({"ids": words, "position": np.array([0]), **cross, **filled})
+    large = session.run({**new, **cross, **filled})
     np.testing.assert_allclose(small["logits"], large["logits"], rtol=0, atol=1e-5)
 
 

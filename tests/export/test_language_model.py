@@ -32,10 +32,10 @@ def _greedy(session: GraphSession, config: LlamaConfig, prompt: list[int], count
     cache = {f"self_{part}.{i}": np.zeros(shape, np.float32) for i in range(config.layers) for part in ("key", "value")}
     ids, position, answer = prompt, 0, []
     for _ in range(count):
-        out = session.run({"ids": np.array([ids]), "position": np.array([position]), **cache})
+        out = session.run({"ids": np.array([ids]), "position": np.array([position]), "banned": np.array([-1]), **cache})
         cache = {name.replace("_out", ""): value for name, value in out.items() if "_out." in name}
         position += len(ids)
-        ids = [int(out["logits"][0].argmax())]
+        ids = [int(out["top_ids"][0, 0])]
         answer += ids
     return answer
 

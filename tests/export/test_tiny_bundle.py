@@ -27,9 +27,20 @@ def test_regenerating_gives_the_same_bundle(tmp_path: Path) -> None:
         inputs = {name: golden[f"{role}/in/{name}"].astype(info.dtype) for name, info in graph.inputs.items()}
         with GraphSession(made.file(graph.file), threads=1) as session:
             found = session.run(inputs)
-        expected = {name: golden[f"{role}/out/{name}"] for name in graph.outputs}
+        expected = {}
+        for name in graph.outputs:
+            stride = next((k for k in range(1, 99, 2) if f"{role}/{_out(k)}/{name}" in golden), 0)
+            assert stride or name == "top_ids", name  # all but ids are stored, large ones as every k-th value
+            if stride:
+                expected[name] = golden[f"{role}/{_out(stride)}/{name}"]
+                found[name] = found[name] if stride == 1 else found[name].ravel()[::stride]
+        found = {name: found[name] for name in expected}
         half = any(value.dtype == np.float16 for value in expected.values())
         assert relative_error(found, expected) < (1e-3 if half else 1e-5), role
+
+
+def _out(stride: int) -> str:
+    return "out" if stride == 1 else f"out[::{stride}]"
 
 
 def test_it_is_small() -> None:

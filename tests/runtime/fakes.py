@@ -29,14 +29,17 @@ from deixis.bundle import (
     Precision,
     PromptSpec,
     Provenance,
+    Reductions,
     TaskSpec,
     TensorInfo,
     TokenizerSpec,
 )
+from deixis.decoding import Top
 from deixis.model import Model
 from deixis.pipeline import Pipeline
 
 SIZE, LENGTH, LAYERS = 32, 14, 2
+CANDIDATES = 4
 PIECES = ["▁", "▁a", "▁red", "▁mug", "▁on", "▁the", "▁table", "s", ".", "▁where", "▁is", "▁see", "ful", "▁b", "ox", "t"]
 VOCABULARY = 3 + len(PIECES)
 ROLES = [
@@ -95,8 +98,15 @@ def make_manifest(**changes: object) -> Manifest:
         "parity": {},
         "golden": "golden.npz",
         "provenance": Provenance(),
+        "reductions": Reductions(CANDIDATES),
     }
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def reduced(logits: np.ndarray, banned: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What a decoder step of format 1.3 gives beside its logits."""
+    top = Top.of_logits(logits, banned, CANDIDATES)
+    return {"top_ids": top.ids, "top_log_probs": top.log_probs}
 
 
 class FakeEngine:
@@ -173,7 +183,12 @@ class FakeEngine:
         return np.stack(pairs, axis=-2).astype(np.float32)
 
     def decoder_step(
-        self, ids: np.ndarray, position: np.ndarray, encoder_mask: np.ndarray, **caches: np.ndarray
+        self,
+        ids: np.ndarray,
+        position: np.ndarray,
+        encoder_mask: np.ndarray,
+        banned: np.ndarray | None = None,
+        **caches: np.ndarray,
     ) -> dict:
         place = int(position[0])
         keys = [caches[f"self_key.{i}"].copy() for i in range(LAYERS)]
@@ -187,7 +202,8 @@ class FakeEngine:
         logits = self.table[place, ids[:, 0]] + self.per_prompt[(prompt + sums) % 97]
         named = {f"self_key_out.{i}": key for i, key in enumerate(keys)}
         named |= {f"self_value_out.{i}": value for i, value in enumerate(values)}
-        return {"logits": logits, "locations": self.locate(np.array([place]), ids[:, 0], sums)[:, None], **named}
+        named["locations"] = self.locate(np.array([place]), ids[:, 0], sums)[:, None]
+        return {"logits": logits, **reduced(logits, banned), **named}
 
     def decoder_pass(self, ids: np.ndarray, encoder_mask: np.ndarray, **cross: np.ndarray) -> dict[str, np.ndarray]:
         prompt = self._prompt(encoder_mask, cross)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fakes import FakeEngine
+from fakes import CANDIDATES, FakeEngine, reduced
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from deixis.bundle import (
@@ -30,6 +30,7 @@ from deixis.bundle import (
     ModelInfo,
     Precision,
     Provenance,
+    Reductions,
     TaskSpec,
     TensorInfo,
     TokenizerSpec,
@@ -118,6 +119,7 @@ def make_manifest(**changes: object) -> Manifest:
         "parity": {},
         "golden": "golden.npz",
         "provenance": Provenance(),
+        "reductions": Reductions(CANDIDATES),
     }
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -148,7 +150,13 @@ class GlammEngine(FakeEngine):
         return {"sam": np.tile(seen, (1, 4, 4, 3)).astype(np.float32)}
 
     def decoder_step(
-        self, ids: np.ndarray, visual: np.ndarray, embed_index: np.ndarray, position: np.ndarray, **caches: np.ndarray
+        self,
+        ids: np.ndarray,
+        visual: np.ndarray,
+        embed_index: np.ndarray,
+        position: np.ndarray,
+        banned: np.ndarray | None = None,
+        **caches: np.ndarray,
     ) -> dict[str, np.ndarray]:
         self.widths.append(ids.shape[1])
         if self.fail_at is not None and self.runs["decoder_step"] >= self.fail_at:
@@ -162,9 +170,10 @@ class GlammEngine(FakeEngine):
         weights = np.sin(np.arange(place + count) + 1.0)
         sums = np.cumsum(seen * weights, axis=1)[:, place:]
         states = np.stack([np.sin(sums * (k + 1)) for k in range(WIDTH)], axis=-1)
-        logits = np.stack([self._logits(row) for row in seen])
+        logits = np.stack([self._logits(row) for row in seen]).astype(np.float32)
         return {
-            "logits": logits.astype(np.float32),
+            "logits": logits,
+            **reduced(logits, banned),
             "states": states.astype(np.float32),
             "self_key_out.0": key,
             "self_value_out.0": value,

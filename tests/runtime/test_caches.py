@@ -5,12 +5,17 @@ Reorder and rewind on arrays, and the real decoder step in place against the sam
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import fakes
 import numpy as np
 import pytest
 
 import deixis
 from deixis.bundle import CacheSpec
-from deixis.caches import CrossCache, DecodeState, SelfCache, StepDecoder
+from deixis.caches import CrossCache, DecodeState, SelfCache, StepDecoder, StepHead
+from deixis.decoding import Top
+from deixis.options import DecodeOptions
 from deixis.prompts import Prompt, prompt_tokens
 
 
@@ -55,7 +60,7 @@ def decoder_of(model: deixis.Model, cross: CrossCache, beams: int, capacity: int
     manifest = model.manifest
     state = DecodeState.start(cross, manifest.caches.self_cache, beams, capacity)
     points = manifest.location.points_per_token
-    return StepDecoder(model.pipeline.engine, state, manifest.tokenizer.vocab_size, points)
+    return StepDecoder(model.pipeline.engine, state, StepHead.of(manifest), points)
 
 
 def test_in_place_equals_separate_buffers(tiny_model: deixis.Model, picture: np.ndarray) -> None:
@@ -68,10 +73,16 @@ def test_in_place_equals_separate_buffers(tiny_model: deixis.Model, picture: np.
     random = np.random.default_rng(0)
     for place in range(8):
         ids = random.integers(3, 100, 4)
-        feed = {"ids": ids[:, None], "position": np.array([place]), **cross.inputs(), **copy.inputs()}
+        banned = np.where(random.random(4) < 0.5, -1, ids)
+        feed = {"ids": ids[:, None], "position": np.array([place]), "banned": banned, **cross.inputs(), **copy.inputs()}
         expected = tiny_model.pipeline.engine.run("decoder_step", feed)
-        logits, locations = decoder.step(ids)
-        np.testing.assert_array_equal(logits, expected["logits"])
+        top, locations = decoder.step(ids, banned)
+        np.testing.assert_array_equal(top.logits, expected["logits"])
+        np.testing.assert_array_equal(top.ids, expected["top_ids"])
+        np.testing.assert_array_equal(top.log_probs, expected["top_log_probs"])
+        same = Top.of_logits(expected["logits"], banned, top.ids.shape[1])
+        np.testing.assert_array_equal(top.ids, same.ids)
+        np.testing.assert_allclose(top.log_probs, same.log_probs, atol=1e-5)
         np.testing.assert_array_equal(locations, expected["locations"][:, 0])
         copy.keys = tuple(expected[f"self_key_out.{i}"] for i in range(len(copy.keys)))
         copy.values = tuple(expected[f"self_value_out.{i}"] for i in range(len(copy.values)))
@@ -82,15 +93,28 @@ def test_in_place_equals_separate_buffers(tiny_model: deixis.Model, picture: np.
             copy.reorder(rows)
 
 
+def test_a_graph_without_reductions_is_reduced_here(tmp_path: Path) -> None:
+    """Bundles before format 1.3: the same captions, greedy and with beams, from graphs that only give logits."""
+    captions, options = [], [DecodeOptions(), DecodeOptions(beams=3)]
+    for changes in ({}, {"reductions": None}):
+        engine = fakes.FakeEngine(end_bias=-4)
+        model, _ = fakes.make_model(tmp_path, fakes.make_manifest(**changes), engine)
+        scene = model.encode(np.random.default_rng(3).integers(0, 255, (24, 32, 3)).astype(np.uint8))
+        captions.append([scene.caption(options=chosen) for chosen in options])
+        assert ("banned" in engine.last["decoder_step"]) == (not changes)
+    assert captions[0] == captions[1] and all(caption.ids for caption in captions[0])
+
+
 def test_rewind_repeats_exactly(tiny_model: deixis.Model, picture: np.ndarray) -> None:
     decoder = decoder_of(tiny_model, cross_of(tiny_model, picture, 1), beams=1)
     for token in (0, 7, 9):
-        first = [array.copy() for array in decoder.step(np.array([token]))]
+        top, locations = decoder.step(np.array([token]))
+        first = [top.ids.copy(), top.log_probs.copy(), locations.copy()]
     for token in (50, 60, 70):
         decoder.step(np.array([token]))
     decoder.state.self_cache.rewind(2)
-    again = decoder.step(np.array([9]))
-    for a, b in zip(first, again, strict=True):
+    top, locations = decoder.step(np.array([9]))
+    for a, b in zip(first, (top.ids, top.log_probs, locations), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -102,7 +126,7 @@ def test_steps_equal_one_wide_step_and_the_pass(tiny_model: deixis.Model, pictur
     decoder = decoder_of(tiny_model, cross, beams=1)
     stepped = np.stack([decoder.step(ids[:, i])[1].copy() for i in range(6)], axis=1)
     cache = SelfCache(tiny_model.manifest.caches.self_cache, 2, 9)
-    feed = {"ids": ids, "position": np.array([0]), **cross.inputs(), **cache.inputs()}
+    feed = {"ids": ids, "position": np.array([0]), "banned": np.full(2, -1), **cross.inputs(), **cache.inputs()}
     wide = tiny_model.pipeline.engine.run("decoder_step", feed)["locations"]
     padded = np.concatenate([ids, np.ones((2, 1), np.int64), np.zeros((2, 3), np.int64)], axis=1)
     passed = tiny_model.pipeline.teacher_forced(cross, padded)[1][:, :6]

@@ -48,8 +48,8 @@ def uncached(scene: Scene, turns: list[tuple[str, str | None]]) -> list[int]:
     said: list[int] = []
     while len(said) < 40:
         session = pipeline.session([scene.features], 1)  # type: ignore[list-item]
-        logits, _ = session.feed(np.array([ids + said]))
-        said.append(int(logits[0].argmax()))
+        top, _ = session.feed(np.array([ids + said]))
+        said.append(int(top.ids[0, 0]))
         if said[-1] == fakes.END:
             return said[:-1]
     return said

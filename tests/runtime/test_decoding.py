@@ -7,15 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deixis.decoding import (
     NEG,
     DecodeRules,
+    Top,
+    _continuations,
     _top,
     beam_search,
     collect_beams,
     greedy,
     greedy_steps,
+    log_softmax,
 )
 from deixis.errors import CancelledError, DeadlineError, EngineError, PromptError
 from deixis.options import DecodeOptions
@@ -31,18 +36,19 @@ class TableDecoder:
     0)), so that a wrong order of rows shows.
     """
 
-    def __init__(self, table: np.ndarray, offsets: np.ndarray, beams: int = 1) -> None:
+    def __init__(self, table: np.ndarray, offsets: np.ndarray, beams: int = 1, candidates: int = 16) -> None:
+        self.candidates = candidates
         self.table, self.offsets = table, np.repeat(offsets, beams, axis=0)
         self.history = np.zeros((len(self.offsets), 0), np.int64)
         self.steps = 0
 
-    def step(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, ids: np.ndarray, banned: np.ndarray | None = None) -> tuple[Top, np.ndarray]:
         place = self.history.shape[1]
         self.history = np.concatenate([self.history, ids[:, None]], axis=1)
         self.steps += 1
         points = np.zeros((len(ids), 2, 2), np.float32)
         points[:, 0, 0], points[:, 0, 1], points[:, 1, 0] = place, ids, self.history.sum(axis=1)
-        return self.table[place, ids] + self.offsets, points
+        return Top.of_logits(self.table[place, ids] + self.offsets, banned, self.candidates), points
 
     def reorder(self, rows: np.ndarray) -> None:
         self.history = self.history[rows]
@@ -161,6 +167,49 @@ def test_top_is_a_stable_sort(width: int, count: int) -> None:
     expected = np.argsort(-values, axis=1, kind="stable")[:, :count]
     assert np.array_equal(indices, expected)
     assert np.array_equal(found, np.take_along_axis(values, expected, axis=1))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(2, 12))
+@settings(max_examples=300, deadline=None)
+def test_the_likeliest_of_each_beam_are_enough(seed: int, rows: int, beams: int, per_node: int, kept: int) -> None:
+    """Beam search takes what it would take of all logits: with ties, with beams that are none, whatever is kept."""
+    random = np.random.default_rng(seed)
+    logits = (random.integers(0, 6, (rows * beams, 12)) * random.choice([1e-6, 0.5, 4.0])).astype(np.float32)
+    live = np.sort(random.choice([0, -0.5, -0.5, -700.25, NEG], (rows, beams)).astype(np.float32), axis=1)
+    live[:, -1] = np.maximum(live[:, -1], -700.25)  # of a prompt that is not done one is always alive
+    count = min(beams * per_node, 12)
+    every = log_softmax(logits).reshape(rows, beams, 12)
+    expected, flat = _top((every + live[:, :, None]).reshape(rows, -1), count)
+    found = _continuations(Top.of_logits(logits, None, kept), live, count, np.zeros(rows, bool))
+    scores, parents, ids, log_probs = found
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(parents * 12 + ids, flat)
+    np.testing.assert_array_equal(log_probs, np.take_along_axis(every.reshape(rows, -1), flat, axis=1))
+
+
+@pytest.mark.parametrize("candidates", [1, 4, 9])
+def test_candidates_change_no_caption(candidates: int) -> None:
+    table, offsets = random_model(2)
+    for use in (DecodeRules(12, 0, 1), DecodeRules(12, 0, 1, 3, 2)):
+        alike = []
+        for kept in (candidates, 16):
+            decoder = TableDecoder(table, offsets, use.beams, kept)
+            alike.append(
+                greedy(decoder, 5, use, never)
+                if use.beams == 1
+                else collect_beams(beam_search(decoder, 5, use, never), use)
+            )
+        for a, b in zip(*alike, strict=True):
+            assert np.array_equal(a.ids, b.ids) and a.score == b.score and np.array_equal(a.locations, b.locations)
+
+
+def test_a_banned_id_is_lowered_and_no_other() -> None:
+    logits = np.array([[3, 2, 1], [3, 2, 1], [-2e4, 2, 1]], np.float32)
+    top = Top.of_logits(logits, np.array([0, -1, 0]), 3)
+    assert top.ids.tolist() == [[1, 2, 0], [0, 1, 2], [1, 2, 0]]
+    lowered = np.array([[-1e4, 2, 1], [3, 2, 1], [-2e4, 2, 1]], np.float32)  # what is lower already stays
+    np.testing.assert_array_equal(np.take_along_axis(log_softmax(lowered), top.ids, axis=1), top.log_probs)
+    assert logits[0, 0] == 3 and top.logits is logits
 
 
 def test_deadline_and_cancel_stop_between_steps() -> None:

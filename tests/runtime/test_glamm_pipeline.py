@@ -158,18 +158,19 @@ def test_steps_equal_one_prefill(model: Model) -> None:
     more = random.integers(3, 20, (2, 9))
     whole = pipeline.session(scenes, 1)
     prompt = ids(PROMPT, PROMPT)
-    logits, states = whole.feed(np.concatenate([prompt, more], axis=1))
+    top, states = whole.feed(np.concatenate([prompt, more], axis=1))
     stepped = pipeline.session(scenes, 1)
     stepped.feed(prompt)
     for i in range(9):
         last, state = stepped.step(more[:, i])
         np.testing.assert_allclose(state, states[:, len(PROMPT) - 1 + TOKENS + i], atol=1e-6)
-    np.testing.assert_allclose(last, logits, atol=1e-6)
+    np.testing.assert_allclose(last.logits, top.logits, atol=1e-6)
+    np.testing.assert_array_equal(last.ids, top.ids)
     np.testing.assert_allclose(stepped.states, whole.states, atol=1e-6)
     parted = pipeline.session(scenes, 1)
     parted.feed(prompt)
     parted.feed(more[:, :4])
-    np.testing.assert_allclose(parted.feed(more[:, 4:])[0], logits, atol=1e-6)
+    np.testing.assert_allclose(parted.feed(more[:, 4:])[0].logits, top.logits, atol=1e-6)
 
 
 def test_rows_do_not_touch_each_other(model: Model) -> None:
@@ -177,27 +178,32 @@ def test_rows_do_not_touch_each_other(model: Model) -> None:
     scenes = encoded(model, 3)
     rows = [[*PROMPT, 9 + i, 12] for i in range(3)]
     together = pipeline.session(scenes, 1)
-    logits, states = together.feed(ids(*rows))
-    following = together.step(np.array([3, 4, 5]))[0].copy()
+    top, states = together.feed(ids(*rows))
+    following = together.step(np.array([3, 4, 5]))[0].log_probs.copy()
     for i, (scene, row) in enumerate(zip(scenes, rows, strict=True)):
         alone = pipeline.session([scene], 1)
         own = alone.feed(ids(row))
-        np.testing.assert_allclose(own[0][0], logits[i], atol=1e-6)
+        np.testing.assert_allclose(own[0].log_probs[0], top.log_probs[i], atol=1e-6)
         np.testing.assert_allclose(own[1][0], states[i], atol=1e-6)
-        np.testing.assert_allclose(alone.step(np.array([3 + i]))[0][0], following[i], atol=1e-6)
+        np.testing.assert_allclose(alone.step(np.array([3 + i]))[0].log_probs[0], following[i], atol=1e-6)
 
 
 def test_rewind_repeats_exactly(model: Model) -> None:
     session = pipeline_of(model).session(encoded(model, 1), 1)
     session.feed(ids(PROMPT))
     position = session.position
-    first = [array.copy() for array in (*session.step(np.array([9])), *session.step(np.array([10])))]
+
+    def steps() -> list[np.ndarray]:
+        found = [session.step(np.array([token])) for token in (9, 10)]
+        top, _ = found[-1]
+        return [top.ids.copy(), top.log_probs.copy(), session.states[:, -2:].copy()]
+
+    first = steps()
     session.rewind(position)
     assert session.position == position == session.states.shape[1]
     session.feed(ids([14, 15, 16]))
     session.rewind(position)
-    again = [array.copy() for array in (*session.step(np.array([9])), *session.step(np.array([10])))]
-    for a, b in zip(first, again, strict=True):
+    for a, b in zip(first, steps(), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="rewind"):
         session.rewind(position + 3)
@@ -217,7 +223,8 @@ def test_the_cache_grows_with_the_text(tmp_path: Path) -> None:
         token = random.integers(3, 20, 1)
         ours, theirs = small.step(token), large.step(token)
         if count % 16 == 0 or small.position > BLOCK:
-            np.testing.assert_array_equal(ours[0], theirs[0])
+            np.testing.assert_array_equal(ours[0].ids, theirs[0].ids)
+            np.testing.assert_array_equal(ours[0].log_probs, theirs[0].log_probs)
     np.testing.assert_array_equal(small.states, large.states)
     for too_much in (lambda: small.step(np.array([4])), lambda: small.feed(ids([4]))):
         with pytest.raises(TextTooLongError, match=f"{BLOCK + 41} tokens"):
@@ -232,7 +239,8 @@ def test_a_long_prompt_runs_in_parts(tmp_path: Path) -> None:
     whole, _ = pipeline_of(model).session(encoded(model, 1), 1).feed(ids([*PROMPT, *range(3, 30)]))
     narrow, other = make_model(tmp_path, dims={**make_manifest().dims, "S": DimRange(1, 1, 10)})
     session = pipeline_of(narrow).session(encoded(narrow, 1), 1)
-    np.testing.assert_allclose(session.feed(ids([*PROMPT, *range(3, 30)]))[0], whole, atol=1e-6)
+    parts, _ = session.feed(ids([*PROMPT, *range(3, 30)]))
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-6)
     assert other.widths == [10, 10, 10, 6] and engine.widths == [36]
 
 
@@ -262,7 +270,7 @@ def test_a_run_that_fails_consumes_nothing(tmp_path: Path, part: int) -> None:
     model, engine = make_model(tmp_path, dims={**make_manifest().dims, "S": DimRange(1, 1, 10)})
     session = pipeline_of(model).session(encoded(model, 1), 1)
     session.feed(ids(PROMPT))
-    expected = session.step(np.array([7]))[0].copy()
+    expected = session.step(np.array([7]))[0].log_probs.copy()
     position, more = session.position, ids(list(range(3, 27)))
     engine.fail_at = engine.runs["decoder_step"] + part
     with pytest.raises(RuntimeError):
@@ -274,7 +282,7 @@ def test_a_run_that_fails_consumes_nothing(tmp_path: Path, part: int) -> None:
         assert session.position == position
     engine.fail_at = None
     session.rewind(position - 1)
-    np.testing.assert_array_equal(session.step(np.array([7]))[0], expected)
+    np.testing.assert_array_equal(session.step(np.array([7]))[0].log_probs, expected)
 
 
 def test_limits_of_the_bundle(model: Model, tmp_path: Path) -> None:
@@ -332,11 +340,11 @@ def test_many_threads_get_what_one_gets(model: Model) -> None:
 
     def run(scene: GlammFeatures) -> list[np.ndarray]:
         session = pipeline.session([scene], 1)
-        logits, _ = session.feed(ids(PROMPT))
+        top, _ = session.feed(ids(PROMPT))
         said = []
         for _ in range(12):
-            logits, state = session.step(logits.argmax(axis=1))
-            said += [logits.copy(), state.copy()]
+            top, state = session.step(top.ids[:, 0].copy())
+            said += [top.log_probs.copy(), state.copy()]
         return [*said, *pipeline.masks(session.states[0, -2:], [scene, scene])]
 
     expected = run(pipeline.encode(picture)[0])
@@ -417,12 +425,12 @@ def test_real_graphs_in_place_and_in_parts(tiny: Model) -> None:
     scenes = encoded(tiny, 2)
     prompt, more = prompt_of(pipeline, 2)
     whole = pipeline.session(scenes, 1)
-    logits, _ = whole.feed(np.concatenate([ids(prompt, prompt), more], axis=1))
+    top, _ = whole.feed(np.concatenate([ids(prompt, prompt), more], axis=1))
     stepped = pipeline.session(scenes, 1)
     stepped.feed(ids(prompt, prompt))
     for i in range(20):
         last, _ = stepped.step(more[:, i])
-    np.testing.assert_allclose(last, logits, atol=1e-4)
+    np.testing.assert_allclose(last.logits, top.logits, atol=1e-4)
     np.testing.assert_allclose(stepped.states, whole.states, atol=1e-4)
     assert np.abs(np.diff(whole.states, axis=1)).max(axis=2).min() > 1e-3  # every position says something else
 
@@ -432,8 +440,10 @@ def test_real_graphs_in_place_and_in_parts(tiny: Model) -> None:
     index[:, 3 : 3 + len(scenes[1].features)] = np.arange(len(scenes[1].features))
     row = np.concatenate([prompt[:3], np.zeros(len(scenes[1].features), np.int64), prompt[4:], more[1]])[None]
     feed = {"ids": row, "visual": scenes[1].features, "embed_index": index, "position": np.zeros(1, np.int64)}
+    feed["banned"] = np.full(1, -1)
     alone = pipeline.engine.run("decoder_step", {**feed, **cache.inputs()})
-    np.testing.assert_allclose(alone["logits"][0], logits[1], atol=1e-4)
+    np.testing.assert_allclose(alone["logits"][0], top.logits[1], atol=1e-4)
+    np.testing.assert_allclose(alone["top_log_probs"][0], top.log_probs[1], atol=1e-4)
     np.testing.assert_allclose(alone["states"][0], whole.states[1], atol=1e-4)
 
 
@@ -449,7 +459,7 @@ def test_real_graphs_grow_and_rewind(tiny: Model) -> None:
         session.rewind(session.position - 3)
     for token in tokens[:5, None]:
         ours, theirs = small.step(token), large.step(token)
-        np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)
+        np.testing.assert_allclose(ours[0].log_probs, theirs[0].log_probs, atol=1e-4)
     assert small.nbytes == large.nbytes  # both two blocks by now
 
 

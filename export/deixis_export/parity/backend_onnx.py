@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deixis.decoding import Beams, DecodeRules, beam_search, greedy
+from deixis.caches import CANDIDATES
+from deixis.decoding import Beams, DecodeRules, Top, beam_search, greedy
 from deixis_export.chain import GraphChain, greedy_tokens
 from deixis_export.export import ExportOptions, export_bundle
 from deixis_export.parity.backend import Caption, Decoding, EncodedImages, Floats, Ids, LogitsFn, TextPass
@@ -110,11 +111,12 @@ class _Synthetic:
         self._rows = np.repeat(np.asarray(begin, np.int64), rules.beams, axis=0)
         self._position = 0
 
-    def step(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, ids: np.ndarray, banned: np.ndarray | None = None) -> tuple[Top, np.ndarray]:
         self._rows[:, self._position] = ids
         logits = self._logits_fn(self._rows, self._position)
         self._position += 1
-        return np.asarray(logits, np.float32), np.zeros((len(ids), 1, 2), np.float32)
+        top = Top.of_logits(np.asarray(logits, np.float32), banned, CANDIDATES)
+        return top, np.zeros((len(ids), 1, 2), np.float32)
 
     def reorder(self, rows: np.ndarray) -> None:
         self._rows = self._rows[rows]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deixis.batching import group_indices, pick
 from deixis.bundle import TaskSpec
-from deixis.decoding import DecodeRules, GreedyStep, greedy_steps
+from deixis.decoding import DecodeRules, GreedyStep, Top, greedy_steps
 from deixis.errors import PromptError
 from deixis.glamm.answers import Answer
 from deixis.glamm.pipeline import GlammFeatures, GlammPipeline
@@ -46,13 +46,13 @@ class PromptedDecoder:
         self._session = session
         self._prompt: tuple[Ids, Sequence[Floats | None]] | None = (ids, regions)
 
-    def step(self, ids: Ids) -> tuple[Floats, Floats]:
-        """Logits [R, vocab] of the next id and states [R, D] of the consumed."""
+    def step(self, ids: Ids, banned: Ids | None = None) -> tuple[Top, Floats]:
+        """The likeliest next ids, and states [R, D] of the consumed."""
         if self._prompt is None:
-            return self._session.step(ids)
+            return self._session.step(ids, banned)
         prompt, self._prompt = self._prompt, None
-        logits, states = self._session.feed(*prompt)
-        return logits, states[:, -1]
+        top, states = self._session.feed(*prompt, banned)
+        return top, states[:, -1]
 
 
 def most_new_tokens(task: TaskSpec, options: DecodeOptions, left: int) -> int:

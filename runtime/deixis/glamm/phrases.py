@@ -138,8 +138,8 @@ class Transcript:
         while same < min(len(ids) - 1, len(self._ids)) and ids[same] == self._ids[same]:
             same += 1
         self._session.rewind(expanded(ids[:same], self._spec))
-        logits, _ = self._session.feed(np.array([ids[same:]], np.int64))
-        if not np.isfinite(logits).all():
+        logits = self._session.feed(np.array([ids[same:]], np.int64))[0].logits
+        if logits is None or not np.isfinite(logits).all():
             raise EngineError(
                 "the decoder gave logits that are not finite; verify the bundle, or use a higher precision"
             )

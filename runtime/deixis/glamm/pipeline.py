@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deixis.base_pipeline import BasePipeline
 from deixis.batching import chunk_rows, pick, stack_scenes
 from deixis.bundle import Bundle, ConversationSpec, ImageSpec
+from deixis.caches import StepHead
 from deixis.conversation import IMAGE_ID
 from deixis.engines import Engine
 from deixis.errors import BundleFormatError, EngineError, PromptError, TaskError
@@ -128,7 +129,7 @@ class GlammPipeline(BasePipeline):
             self.engine,
             self.conversation,
             self.manifest.caches.self_cache,
-            self.manifest.tokenizer.vocab_size,
+            StepHead.of(self.manifest),
             [scene.features for scene in scenes],
             self.capacity,
             max(expect_tokens, self.range("T")[0]),

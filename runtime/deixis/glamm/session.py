@@ -1,4 +1,4 @@
-"""The language model over one conversation, or several in lockstep: ids in, logits and states out (GLaMM section 5).
+"""The language model over one conversation, or several in lockstep: ids in, next ids and states out (GLaMM section 5).
 
 Positions are those of the expanded sequence, where a picture takes as many as it has features. Every position is
 computed once: its keys and values stay in the cache, its state is kept for the masks.
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deixis.bundle import CacheSpec, ConversationSpec
-from deixis.caches import SelfCache, StepGraph
+from deixis.caches import SelfCache, StepGraph, StepHead
 from deixis.conversation import IMAGE_ID, REGION
+from deixis.decoding import Top
 from deixis.engines import Engine
 from deixis.errors import PromptError, TextTooLongError
 
@@ -35,7 +36,7 @@ class LanguageSession:
         engine: Engine,
         conversation: ConversationSpec,
         cache: CacheSpec,
-        vocabulary: int,
+        head: StepHead,
         pictures: Sequence[Floats],
         capacity: int,
         expect: int,
@@ -43,7 +44,7 @@ class LanguageSession:
     ) -> None:
         self._engine = engine
         self._spec = conversation
-        self._vocabulary = vocabulary
+        self._head = head
         self._pictures = list(pictures)
         self._widest = widest
         self.capacity = capacity
@@ -73,11 +74,14 @@ class LanguageSession:
     def nbytes(self) -> int:
         return self._cache.nbytes + self._states.nbytes
 
-    def feed(self, ids: Ids, visual: Sequence[Floats | None] | None = None) -> tuple[Floats, Floats]:
+    def feed(
+        self, ids: Ids, visual: Sequence[Floats | None] | None = None, banned: Ids | None = None
+    ) -> tuple[Top, Floats]:
         """Consume ids [R, S]; each IMAGE_ID stands for the features of the row's picture.
 
         visual: for each row the vectors [k, D] of its region ids, in their order; None where a row has none.
-        Returns logits [R, vocab] of what follows, and states [R, S', D] of what was consumed, S' with the pictures
+        banned: [R], an id that shall not follow, -1 for none.
+        Returns what may follow, logits included, and states [R, S', D] of what was consumed, S' with the pictures
         expanded. Raises TextTooLongError when it does not fit; PromptError when a row has not as many vectors as region
         ids; ValueError for rows of different lengths. What raises has consumed nothing.
         """
@@ -85,15 +89,15 @@ class LanguageSession:
         start, count = self.position, expanded.shape[1]
         self._make_room(start + count)
         try:
-            logits = self._feed_parts(expanded, index, vectors)
+            top = self._feed_parts(expanded, index, vectors, banned)
         except BaseException:
             self._cache.rewind(start)
             raise
-        return logits, self._states[:, start : start + count]
+        return top, self._states[:, start : start + count]
 
-    def step(self, ids: Ids) -> tuple[Floats, Floats]:
-        """Consume one id per row, ids [R]. Returns logits [R, vocab], which the next step overwrites, and states
-        [R, D].
+    def step(self, ids: Ids, banned: Ids | None = None) -> tuple[Top, Floats]:
+        """Consume one id per row, ids [R]. Returns what may follow, as `feed` does, which the next step overwrites, and
+        states [R, D].
 
         Raises TextTooLongError when the cache is full.
         """
@@ -105,27 +109,28 @@ class LanguageSession:
                 "embed_index": np.full((self.rows, 1), -1, np.int64),
             }
             more = {"states": self._step_state}
-            self._step = StepGraph(self._engine, self._cache, 1, self._vocabulary, given, more)
-        logits = self._step.run(ids[:, None])
+            self._step = StepGraph(self._engine, self._cache, 1, self._head, given, more, True)
+        top = self._step.run(ids[:, None], banned)
         self._states[:, position] = self._step_state[:, 0]
-        return logits, self._states[:, position]
+        return top, self._states[:, position]
 
     def rewind(self, position: int) -> None:
         """Forget everything from `position` on; costs nothing. Raises ValueError when that much was never consumed."""
         self._cache.rewind(position)
 
-    def _feed_parts(self, ids: Ids, index: Ids, vectors: Floats) -> Floats:
-        """Run what is spliced, as wide as the bundle allows. Returns logits of what follows the last id."""
-        logits = np.empty((self.rows, self._vocabulary), np.float32)
+    def _feed_parts(self, ids: Ids, index: Ids, vectors: Floats, banned: Ids | None) -> Top:
+        """Run what is spliced, as wide as the bundle allows. Returns what may follow the last id."""
+        top: Top | None = None
         for begin in range(0, ids.shape[1], self._widest):
             part = ids[:, begin : begin + self._widest]
             width, place = part.shape[1], self.position
             states = np.empty((self.rows, width, self._width), np.float32)
             given = {"visual": vectors, "embed_index": np.ascontiguousarray(index[:, begin : begin + width])}
-            graph = StepGraph(self._engine, self._cache, width, self._vocabulary, given, {"states": states})
-            logits = graph.run(part)
+            graph = StepGraph(self._engine, self._cache, width, self._head, given, {"states": states}, True)
+            top = graph.run(part, banned)
             self._states[:, place : self.position] = states
-        return logits
+        assert top is not None, "there is always an id to feed"
+        return top
 
     def _block(self, positions: int) -> int:
         """Whole blocks that hold so many positions, the capacity at most."""

@@ -80,7 +80,8 @@ class OnnxGlamm:
                 found, _ = session.step(np.array(part))
             else:
                 found, _ = session.feed(np.array([part], np.int64), [own])
-            logits[session.position - 1] = found[0].copy()
+            assert found.logits is not None
+            logits[session.position - 1] = found.logits[0].copy()
 
         consume(ids[:start])
         for i in ids[start:]:
@@ -126,9 +127,12 @@ class OnnxGlamm:
         """Logits behind a position at or before the end of the picture, which the text `ids` ends with."""
         before = len(ids) - 1
         if position < before:
-            return self._session(None).feed(np.array([ids[: position + 1]], np.int64))[0][0]
-        assert features is not None
-        return self._session(features[: position - before + 1]).feed(np.array([ids], np.int64))[0][0]
+            top, _ = self._session(None).feed(np.array([ids[: position + 1]], np.int64))
+        else:
+            assert features is not None
+            top, _ = self._session(features[: position - before + 1]).feed(np.array([ids], np.int64))
+        assert top.logits is not None
+        return top.logits[0]
 
     def _session(self, features: Floats | None) -> LanguageSession:
         shown = np.zeros((1, self._config.llama.emb), np.float32) if features is None else features
