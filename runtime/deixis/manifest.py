@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FORMAT_NAME = "deixis-bundle"
-FORMAT_VERSION = (1, 3)  # 1.1: `detection`; 1.2: the family "glamm"; 1.3: `reductions`
+FORMAT_VERSION = (1, 3)  # 1.1: `detection`; 1.2: the family "glamm"; 1.3: `reductions`, `precision_search`
 
 Dim = int | str  # a fixed size, or the name of a symbolic dimension
 
@@ -223,6 +223,28 @@ class ParityRecord:
 
 
 @dataclass(frozen=True)
+class PrecisionTrial:
+    """One precision of one graph as `deixis export --precision auto` measured it, all other graphs being in fp32."""
+
+    precision: str
+    drift: float | None  # as of parity records, against fp32; null: values that are not finite
+    time: float | None  # of a run, relative to fp32: the median of interleaved runs; null: not measured
+    points: dict[str, float] = field(default_factory=dict)  # change of each metric against fp32, in hundredths
+    verdict: str = ""  # "chosen", or why it was not
+
+
+@dataclass(frozen=True)
+class PrecisionSearch:
+    """The evidence for the precisions of the graphs, where a search chose them."""
+
+    judged_by: str  # "drift", or so many pictures of which data
+    machine: str  # where times were taken
+    trials: dict[str, tuple[PrecisionTrial, ...]]  # by role
+    fp32: dict[str, float] = field(default_factory=dict)  # metrics of the model in fp32 throughout
+    chosen: dict[str, float] = field(default_factory=dict)  # metrics of this bundle
+
+
+@dataclass(frozen=True)
 class Provenance:
     exporter: str = ""
     created: str = ""  # ISO date
@@ -258,6 +280,7 @@ class Manifest:
     # since 1.2; what the global encoder of glamm sees, `image` being masks' input
     global_image: ImageSpec | None = None
     reductions: Reductions | None = None  # since 1.3; before, `decoder_step` gives logits only
+    precision_search: PrecisionSearch | None = None  # since 1.3; where `--precision auto` chose
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
@@ -266,6 +289,7 @@ class Manifest:
             "conversation",
             "global_image",
             "reductions",
+            "precision_search",
         ):  # an older runtime does not know the field
             if values[name] is None:
                 del values[name]
