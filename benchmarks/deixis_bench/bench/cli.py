@@ -62,7 +62,11 @@ def parser() -> argparse.ArgumentParser:
         "--warmup", metavar="N", type=_count, default=DEFAULTS.warmup_rounds, help="before (default: %(default)s)"
     )
     root.add_argument(
-        "--cold", metavar="N", type=_positive, default=DEFAULTS.cold, help="fresh processes (default: %(default)s)"
+        "--cold",
+        metavar="N",
+        type=_count,
+        default=DEFAULTS.cold,
+        help="fresh processes; 0 = nothing is measured cold, nor memory (default: %(default)s)",
     )
     root.add_argument("--seed", metavar="N", type=_count, default=0, help="of pictures and random weights")
     root.add_argument("--json", metavar="FILE", type=Path, help="write the report")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,20 +41,18 @@ def start(bundle: Path, settings: Settings) -> dict[str, Any]:
             "seed": settings.seed,
         }
     )
-    begin = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "deixis_bench.bench.cold", said],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.readline()
-        seconds = time.perf_counter() - begin
-        rest, errors = process.communicate()
-    if process.returncode:
-        said = errors.strip().splitlines()[-1:] or [f"it ended with code {process.returncode}"]
-        raise DeixisError(f"the fresh process failed: {said[0]}")
+    command = [sys.executable, "-m", "deixis_bench.bench.cold", said]
+    with tempfile.TemporaryFile("w+") as errors:
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            seconds = time.perf_counter() - begin
+            rest, _ = process.communicate()
+        if process.returncode:
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or [f"it ended with code {process.returncode}"]
+            raise DeixisError(f"the fresh process failed: {last[0]}")
     return {"first_result_ms": seconds * 1000, **json.loads(rest)}
 
 

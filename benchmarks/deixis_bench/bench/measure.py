@@ -37,7 +37,8 @@ def measure(bundles: Sequence[str | Path], settings: Settings, say: Say = lambda
     for subject in subjects:
         say(f"{subject.opened.path.name}: cold")
         starts.append([cold.start(subject.opened.path, settings) for _ in range(settings.cold)])
-        subject.measure_cold()
+        if settings.cold:
+            subject.measure_cold()
     try:
         for subject in subjects:
             subject.open()
@@ -45,14 +46,13 @@ def measure(bundles: Sequence[str | Path], settings: Settings, say: Say = lambda
         say(f"roofline: {threads} threads")
         limits = roofline.measure(device, threads)
         meter = energy.find_meter(device)
-        run_rounds(
-            subjects,
-            settings,
-            None if meter is None else meter.joules,
-            lambda number: say(f"round {number + 1} of {settings.rounds}" if number >= 0 else "warm-up"),
-        )
-        if meter is not None:
-            meter.close()
+        try:
+            run_rounds(subjects, settings, None if meter is None else meter.joules, say)
+        finally:
+            if meter is not None:
+                meter.close()
+        say(f"roofline: {threads} threads")
+        limits = roofline.better(limits, roofline.measure(device, threads))
         inputs = [_inputs(subject) for subject in subjects]
     finally:
         for subject in subjects:

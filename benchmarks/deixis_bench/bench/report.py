@@ -108,6 +108,7 @@ def make_requests(subject: Subject) -> list[dict[str, Any]]:
                 "new_tokens": request.tokens or None,
                 "cold_ms": None if cold is None else cold.seconds * 1000,
                 "warm_ms": times,
+                "processor_ms": summary([run.processor for run in runs]),
                 "first_token_ms": summary([r.marks[0] - r.start for r in runs]) if runs[0].marks else None,
                 "per_token_ms": per_token,
                 "tokens_per_s": None if per_token is None else batch * 1000 / per_token["p50"],
@@ -157,7 +158,7 @@ def flat_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for row in report["requests"]:
         name = row["task"]
         found[f"{name}/cold_ms"] = row["cold_ms"]
-        for times in ("warm_ms", "first_token_ms", "per_token_ms"):
+        for times in ("warm_ms", "processor_ms", "first_token_ms", "per_token_ms"):
             for key in ("p50", "p90", "p99"):
                 found[f"{name}/{times}/{key}"] = None if row[times] is None else row[times][key]
         for key in ("tokens_per_s", "images_per_s", "python_us_per_step"):

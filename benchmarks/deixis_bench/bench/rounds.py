@@ -21,7 +21,8 @@ STEP, PROMPT = "decoder_step", "prompt"
 @dataclass(frozen=True)
 class Run:
     """One request, once. start, end, marks: `time.perf_counter`; marks: when each token was known. wide: the decoder
-    read a prompt before the first. joules: None where nothing measures them.
+    read a prompt before the first. processor: seconds of all threads of this process, which other programs disturb less
+    than the clock. joules: None where nothing measures them.
     """
 
     start: float
@@ -29,6 +30,7 @@ class Run:
     marks: tuple[float, ...]
     spans: tuple[Span, ...]
     wide: bool = False
+    processor: float = 0.0
     joules: float | None = None
 
     @property
@@ -102,7 +104,11 @@ class Subject:
         """The bundle as it is measured: no scene is kept, and new tokens fit into the cache."""
         settings = self.settings
         return deixis.load(
-            self.bundle, settings.device, settings.threads, cache_capacity=self._capacity, scene_budget_mb=0
+            self.bundle,
+            device=settings.device,
+            threads=settings.threads,
+            cache_capacity=self._capacity,
+            scene_budget_mb=0,
         )
 
     def measure_cold(self) -> None:
@@ -135,11 +141,11 @@ class Subject:
         assert self.model is not None
         before = None if joules is None else joules()
         with self.model.timed() as spans:
-            start = time.perf_counter()
+            processor, start = time.process_time(), time.perf_counter()
             made = request.run(self._scenes)
-            end = time.perf_counter()
+            end, processor = time.perf_counter(), time.process_time() - processor
         used = None if joules is None or before is None else joules() - before
-        return Run(start, end, tuple(made.marks), tuple(spans), made.wide, used)
+        return Run(start, end, tuple(made.marks), tuple(spans), made.wide, processor, used)
 
     def close(self) -> None:
         if self.model is not None:
@@ -173,13 +179,13 @@ def run_rounds(
     subjects: Sequence[Subject],
     settings: Settings,
     joules: Callable[[], float] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Warm rounds of all subjects, interleaved: in every round each request runs once on each subject, so that what
     disturbs the machine disturbs all. The first rounds do not count.
     """
     for number in range(-settings.warmup_rounds, settings.rounds):
-        progress(number)
+        say(f"round {number + 1} of {settings.rounds}" if number >= 0 else "warm-up")
         for subject in subjects:
             for request in subject.requests:
                 run = subject.run(request, joules)

@@ -19,7 +19,8 @@ BLOCK = 40  # px of their coloured blocks
 class Settings:
     """threads: of one graph run, None = as many as the engine likes. batch: pictures and prompts that run together.
     prompt_tokens: of texts that are given (a phrase, a sentence, a question). new_tokens: of texts that are generated.
-    rounds: in which every request runs once, after `warmup_rounds` that do not count. cold: fresh processes.
+    rounds: in which every request runs once, after `warmup_rounds` that do not count. cold: fresh processes;
+    0 = nothing is measured cold.
     """
 
     device: str = "auto"

@@ -7,7 +7,7 @@ from typing import Any
 
 TIMES = ("cold ms", "p50", "p90", "p99")
 STAGES = ("stage", "runs", *TIMES, "weights MB", "read MB", "GFLOP", "bandwidth", "arithmetic")
-REQUESTS = ("request", *TIMES, "first token", "per token", "tokens/s", "pictures/s", "Python us/step")
+REQUESTS = ("request", *TIMES, "processor", "first token", "per token", "tokens/s", "pictures/s", "Python us/step")
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -76,6 +76,7 @@ def _request(row: Mapping[str, Any]) -> list[str]:
         row["task"],
         number(row["cold_ms"]),
         *(number(row["warm_ms"][p]) for p in ("p50", "p90", "p99")),
+        number(row["processor_ms"]["p50"]),
         number(first and first["p50"]),
         number(each and each["p50"], digits=3),
         number(row["tokens_per_s"], digits=1),
