@@ -28,9 +28,8 @@ def goals(get: Get, used: Sequence[str]) -> str:
     table = _table(("goal", "wanted", "reached", "least to most", "met", "report"), rows, left=(0, 5))
     written = [(name, report) for name in COMMANDS if (report := get(name)) is not None]
     lines = [f"- `{name}`: `{COMMANDS[name]}`; {_machine(report)}" for name, report in written]
-    missing = [f"`{name}`" for name in COMMANDS if get(name) is None]
-    if missing:
-        lines.append(f"- not measured yet: {', '.join(missing)}; `make bench` does")
+    missing = [f"- `{name}`: not written yet; `{COMMANDS[name]}` does" for name in COMMANDS if get(name) is None]
+    lines += missing
     return "\n".join([table, "", *lines])
 
 
@@ -160,6 +159,31 @@ def _rival(rival: Mapping[str, Any]) -> str:
     return f"{rival['name']} {rival['version'] or ''}".strip()
 
 
+def precision(manifest: dict[str, Any]) -> str:
+    """What a search for precisions tried on each graph, and the metrics of what it chose."""
+    evidence = manifest.get("precision_search")
+    if not evidence:
+        return "The bundle's precisions were not chosen by a search."
+    rows = [
+        (
+            f"`{role}`",
+            f"{trial['precision']}",
+            "not finite" if trial["drift"] is None else f"{trial['drift']:.1e}",
+            MISSING if trial["time"] is None else f"{trial['time']:.2f}",
+            trial["verdict"],
+        )
+        for role, trials in evidence["trials"].items()
+        for trial in trials
+    ]
+    table = _table(("graph", "precision", "drift", "time over fp32", "verdict"), rows, left=(0, 1, 4))
+    if evidence["chosen"]:
+        metrics = [
+            (name, f"{evidence['fp32'][name]:.4f}", f"{value:.4f}") for name, value in evidence["chosen"].items()
+        ]
+        table += "\n\n" + _table(("metric", "fp32", "chosen"), metrics)
+    return f"{table}\n\nMeasured on {_machine(manifest)}."
+
+
 def answer_length(report: dict[str, Any]) -> list[Row]:
     """Rows of one report of `answer_length`; processor time."""
     rows = []
@@ -186,7 +210,7 @@ def _of_one(make: Callable[[dict[str, Any]], str]) -> Maker:
             raise ValueError("name one report")
         report = get(used[0])
         if report is None:
-            return f"Not measured yet: `make bench` writes `benchmarks/results/{used[0]}.json`."
+            return f"Not measured yet: `make bench` writes the report `{used[0]}`."
         return make(report)
 
     return made
@@ -206,6 +230,7 @@ TABLES: dict[str, Maker] = {
     "requests": _of_one(requests),
     "memory": _of_one(memory),
     "rivals": _of_one(rivals),
+    "precision": _of_one(precision),
     "answer_length": answer_lengths,
 }
 
@@ -227,6 +252,9 @@ def _origin(report: Mapping[str, Any]) -> str:
 
 
 def _machine(report: Mapping[str, Any]) -> str:
+    if "machine" not in report:  # a bundle's manifest
+        evidence = report.get("precision_search")
+        return "no search was made" if evidence is None else f"{evidence['machine']}, judged by {evidence['judged_by']}"
     machine = report["machine"]
     name = machine.get("cpu") or machine.get("processor") or "an unnamed processor"
     return f"{name}, {machine['cores']} cores"

@@ -20,7 +20,7 @@ FORMAT, VERSION = "deixis-bench", 1
 PARTS = ("metrics", "bundle", "data", "machine", "settings", "roofline", "stages", "requests", "memory", "rivals")
 PROTOCOL = (
     "Each run of a graph, each piece of Python and each whole request is timed by the clock, inputs in memory.",
-    "Cold is the first request of a fresh process, loading included. Warm begins after warm-up rounds.",
+    "Cold is the first request of a freshly loaded model, loading included. Warm begins after warm-up rounds.",
     "What is compared runs in turn, so that a busy machine slows both; ratios are taken within a round.",
     "p50, p90 and p99 are percentiles over all warm runs; a spread is the least and the most over the rounds.",
     "The ceilings are measured beside it: reading a buffer far larger than the caches, multiplying large matrices.",

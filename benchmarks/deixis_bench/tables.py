@@ -3,7 +3,8 @@
 python -m deixis_bench.tables            # put them right
 python -m deixis_bench.tables --check    # fail when a document says something else
 
-A table stands between two lines, of which the first names it and the reports that it is made of, without .json:
+A table stands between two lines, of which the first names it and the reports that it is made of, without .json (or
+another file of the checkout, with it):
 
     <!-- bench:stages bench-tabletop -->
     <!-- /bench -->
@@ -24,7 +25,7 @@ from deixis_train.files import write_text
 
 RESULTS = Path("benchmarks") / "results"
 DOCUMENTS = ("README.md", "docs/*.md")
-BEGIN = re.compile(r"^<!-- bench:(\S+)((?: [\w.-]+)*) -->$")
+BEGIN = re.compile(r"^<!-- bench:(\S+)((?: [\w./-]+)*) -->$")
 END = "<!-- /bench -->"
 
 
@@ -33,16 +34,16 @@ class TablesError(ValueError):
 
 
 class Reports:
-    """The reports of a folder, by their names without .json."""
+    """The reports of a checkout, by their names without .json, or by their paths in it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, root: Path) -> None:
+        self._root = root
         self._read: dict[str, dict[str, Any] | None] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
         """A report; None when it has not been written yet. Raises TablesError when it is not JSON."""
         if name not in self._read:
-            path = self._folder / f"{name}.json"
+            path = self._root / (name if name.endswith(".json") else RESULTS / f"{name}.json")
             try:
                 report = json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: here)")
     options = parser.parse_args(argv)
     try:
-        reports = Reports(options.root / RESULTS)
+        reports = Reports(options.root)
         before = {path: path.read_text(encoding="utf-8") for path in documents(options.root)}
         after = {path: renewed(text, str(path), reports) for path, text in before.items()}  # all of them, or none
         changed = [path for path in before if before[path] != after[path]]

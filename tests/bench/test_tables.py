@@ -56,6 +56,8 @@ def test_the_documents_say_what_the_reports_say(capsys: pytest.CaptureFixture[st
 def test_make_bench_runs_the_commands_that_the_goals_name() -> None:
     makefile = re.sub(r"\\\n\s*", "", (ROOT / "Makefile").read_text(encoding="utf-8"))
     for name, command in COMMANDS.items():
+        if name.endswith(".json"):
+            continue  # a file of the checkout
         [line] = [line for line in makefile.splitlines() if f"{name}.json" in line]
         assert command.removeprefix("python -m ").removeprefix("deixis ") in line
 
@@ -118,7 +120,30 @@ def test_goals_are_met_missed_or_not_measured(checkout: Checkout) -> None:
     assert rows["8-bit, share of the measured bandwidth"][1:4] == ["not measured", "", ""]
     text = checkout.readme.read_text(encoding="utf-8")
     assert "- `rivals-text`: `python -m deixis_bench.rivals --part text`; A | Processor, 2 cores" in text
-    assert "- not measured yet: `rivals-llama`, " in text
+    assert "- `serving`: not written yet; `python -m deixis_bench.serving models/tabletop` does\n" in text
+
+
+def test_evidence_of_a_search_for_precisions(checkout: Checkout) -> None:
+    drifts = {"precision": "int8", "drift": 0.31, "time": None, "points": {}, "verdict": "drifts by more than 0.2"}
+    chosen = {"precision": "w8", "drift": 0.012, "time": 0.41, "points": {"cIoU": -0.2}, "verdict": "chosen"}
+    evidence = {
+        "judged_by": "100 pictures of test", "machine": "A Processor", "trials": {"decoder_step": [drifts, chosen]},
+        "fp32": {"cIoU": 0.74, "caption CIDEr": 5.0}, "chosen": {"cIoU": 0.737, "caption CIDEr": 4.98},
+    }  # fmt: skip
+    manifest = checkout.root / "models" / "tabletop" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"precision_search": evidence}), encoding="utf-8")
+    checkout.write("precision models/tabletop/manifest.json", "goals")
+    assert checkout.run() == 0
+    rows = checkout.rows()
+    assert ["`decoder_step`", "int8", "3.1e-01", "–", "drifts by more than 0.2"] in rows
+    assert ["`decoder_step`", "w8", "1.2e-02", "0.41", "chosen"] in rows
+    assert ["caption CIDEr", "5.0000", "4.9800"] in rows
+    # cIoU lost 0.3 of 0.5 points, CIDEr 2 hundredths of 500, which is 0.4 per cent
+    assert [row[1:5] for row in rows if "auto" in row[0]] == [["≤ 0.5\xa0points", "0.400\xa0points", "–", "yes"]]
+    manifest.write_text("{}", encoding="utf-8")
+    assert checkout.run() == 0
+    assert "were not chosen by a search" in checkout.readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("value", "at_most", "met"), [(3.0, False, True), (2.9, False, False), (3.1, True, False)])
@@ -137,9 +162,7 @@ def test_the_best_of_rivals_needs_all_of_them() -> None:
 def test_a_report_that_is_not_there_yet_is_said(checkout: Checkout) -> None:
     checkout.write("stages later")
     assert checkout.run() == 0
-    assert "Not measured yet: `make bench` writes `benchmarks/results/later.json`." in checkout.readme.read_text(
-        "utf-8"
-    )
+    assert "Not measured yet: `make bench` writes the report `later`." in checkout.readme.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
