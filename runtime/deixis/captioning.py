@@ -17,7 +17,7 @@ from deixis.prompts import Prompt, PromptTokens, prompt_tokens
 from deixis.readout import make_words, valid_positions
 from deixis.results import Box, Caption, Word
 from deixis.streams import ResultStream
-from deixis.tokenizer import Spelling, words_of
+from deixis.tokenizer import Spelling, WordPieces, words_of
 
 
 class CaptionStream(ResultStream[Word, Caption]):
@@ -125,7 +125,7 @@ def _stream_greedy(
     spelling = Spelling(pipeline.tokenizer)
     log_probs: list[np.float32] = []
     locations: list[np.ndarray] = []  # one less than ids until the last id is consumed
-    given = 0
+    told = 0  # characters of the text whose words have been given
     finished = False
     for step in greedy_steps(decoder, 1, rules, check):
         if step.index > 1:
@@ -135,11 +135,12 @@ def _stream_greedy(
         if step.ids is not None and not finished:
             spelling.add(int(step.ids[0]))
         whole = len(locations) == len(spelling.ids)
-        known = np.array(locations if whole else [*locations, np.zeros_like(step.locations[0])], np.float32)
-        words = _words(pipeline, task, spelling, log_probs, known, scene.geometry)
-        for word in words[given:] if whole else words[given:-1]:  # the last word may go on
-            given += 1
-            yield word
+        words = words_of(spelling.text, spelling.spans, told)
+        if not whole:  # the last word may go on
+            words = [word for word in words[:-1] if max(word.pieces, default=0) < len(locations)]
+        if words:
+            told = words[-1].end
+            yield from _words(pipeline, task, spelling, words, log_probs, locations, scene.geometry)
     count = len(spelling.ids)
     score = float(np.sum(log_probs, dtype=np.float32) / np.float32(max(1, count)))
     sequence = Decoded(
@@ -166,7 +167,8 @@ def make_caption(pipeline: Pipeline, task: TaskSpec, sequence: Decoded, geometry
     spelling = Spelling(pipeline.tokenizer)
     for piece in sequence.ids:
         spelling.add(int(piece))
-    words = _words(pipeline, task, spelling, sequence.log_probs, sequence.locations, geometry)
+    found = words_of(spelling.text, spelling.spans)
+    words = _words(pipeline, task, spelling, found, sequence.log_probs, sequence.locations, geometry)
     return Caption(spelling.text.rstrip(), words, sequence.score, tuple(spelling.ids), sequence.finished, box)
 
 
@@ -174,15 +176,21 @@ def _words(
     pipeline: Pipeline,
     task: TaskSpec,
     spelling: Spelling,
+    words: Sequence[WordPieces],
     log_probs: Sequence[np.float32] | np.ndarray,
-    locations: np.ndarray,
+    locations: Sequence[np.ndarray] | np.ndarray,
     geometry: Geometry,
 ) -> tuple[Word, ...]:
-    """Words of the text so far; locations [n, points, 2] and log_probs (at least n) of its n ids."""
-    spec = pipeline.manifest.tokenizer
-    if not spelling.ids:
+    """Words of the text so far; locations [points, 2] and log_probs of its ids, in their order. Of the ids only those
+    of the words are looked at, so that a stream does not look at all of them with every word.
+    """
+    pieces = [piece for word in words for piece in word.pieces]
+    if not words:
         return ()
-    ids = np.array([spec.begin_id, *spelling.ids, spec.end_id], np.int64)
-    valid = valid_positions(ids, task.points_at, spec)[1:-1]
-    words = words_of(spelling.text, spelling.spans)
-    return make_words(spelling.text, words, locations, valid, np.asarray(log_probs, np.float32), geometry)
+    first, behind = min(pieces, default=0), max(pieces, default=-1) + 1
+    spec = pipeline.manifest.tokenizer
+    ids = np.array([*spelling.ids[first : behind + 1], spec.end_id], np.int64)  # with the one behind, which may matter
+    valid = valid_positions(ids, task.points_at, spec)
+    known = np.asarray(locations[first:behind], np.float32).reshape(behind - first, pipeline.points, 2)
+    own = [WordPieces(word.start, word.end, tuple(piece - first for piece in word.pieces)) for word in words]
+    return make_words(spelling.text, own, known, valid, np.asarray(log_probs[first:behind], np.float32), geometry)

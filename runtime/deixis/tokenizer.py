@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from tokenizers import Tokenizer
 
@@ -13,6 +15,9 @@ from deixis.bundle import TokenizerSpec
 from deixis.errors import BundleFormatError, PromptError
 
 Span = tuple[int, int]
+
+_WORD = re.compile(r"\S+")
+_end = itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,21 @@ class WordPieces:
     pieces: tuple[int, ...]
 
 
-def words_of(text: str, spans: tuple[Span, ...] | list[Span]) -> list[WordPieces]:
+def words_of(text: str, spans: Sequence[Span], begin: int = 0) -> list[WordPieces]:
     """Words of a text and the pieces they are made of. A word is what stands between white space, punctuation included.
+    `begin`: only words from that character on, which no word has before and behind it.
 
     A piece belongs to the words it shares a character with. One that shares none (a lone word-boundary mark) belongs to
     the word that follows.
     """
-    words = [match.span() for match in re.finditer(r"\S+", text)]
+    words = [match.span() for match in _WORD.finditer(text, begin)]
     starts, ends = [start for start, _ in words], [end for _, end in words]
     pieces: list[list[int]] = [[] for _ in words]
-    for index, (start, end) in enumerate(spans):
+    earliest = bisect_right(spans, begin, key=_end)
+    while earliest and spans[earliest - 1][0] >= begin:  # without characters
+        earliest -= 1
+    for index in range(earliest, len(spans)):
+        start, end = spans[index]
         # words first .. behind - 1 share a character
         first, behind = bisect_right(ends, start), bisect_left(starts, end)
         if start == end or first >= behind:

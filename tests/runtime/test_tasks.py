@@ -114,6 +114,9 @@ def test_words_of_pieces() -> None:
     words = words_of(text, spans)
     assert [(text[w.start : w.end], w.pieces) for w in words] == [("a", (0,)), ("mugs.", (1, 2, 3, 4)), ("ox", (5, 6))]
     assert words_of("  ", [(0, 1), (1, 2)]) == []
+    assert words_of(text, [*spans[:4], (6, 6), *spans[4:]])[1].pieces == (1, 2, 3, 5)
+    for i, word in enumerate(words):
+        assert words_of(text, spans, word.end) == words[i + 1 :]
 
 
 def test_valid_positions_are_the_reference_rule() -> None:
