@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,12 +71,12 @@ class Run:
 
     def per_token(self) -> list[float]:
         """Seconds from each token to the next."""
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.marks)]
 
     def python_per_step(self) -> list[float]:
         """Seconds between tokens in which no graph ran."""
         found = []
-        for a, b in zip(self.marks, self.marks[1:], strict=False):
+        for a, b in itertools.pairwise(self.marks):
             found.append(b - a - sum(s.seconds for s in self.spans if _is_graph(s) and a <= s.start and s.end <= b))
         return found
 
@@ -129,11 +130,15 @@ class Subject:
             self.cold[task] = Run(begun - load, end, tuple(made.marks), tuple(spans), made.wide)
 
     def open(self) -> None:
-        """Load the model and the scenes for warm rounds."""
+        """Load the model and the scenes for warm rounds, and prompt those in every way once: what a scene keeps for
+        later prompts is there from then on.
+        """
         self.model = self.load()
         self.engine = self.model.info.device, threads_of(self.model.info.threads)
         self.requests = make_requests(self.model, self.settings)
         self._scenes = self._encode(self.model)
+        for request in self.requests:
+            request.run(self._scenes)
         self.warm = {request.task: [] for request in self.requests}
 
     def run(self, request: Request, joules: Callable[[], float] | None = None) -> Run:
