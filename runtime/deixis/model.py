@@ -7,7 +7,6 @@ with deixis.load("tabletop") as model:
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -32,10 +31,12 @@ from deixis.engines import make_engine
 from deixis.errors import BundleNotFoundError, ClosedError, PromptError
 from deixis.families import make_pipeline, make_tasks
 from deixis.image import Channels, Source, load_image
+from deixis.memory import return_freed_memory
 from deixis.options import DecodeOptions
 from deixis.prompts import Prompt, Question
 from deixis.results import Caption, DenseCaption, GroundedPhrase, GroundedText, Grounding, Segment, Trace, Word
 from deixis.scene import Scene, SceneStore
+from deixis.scheduling import Schedulable, Scheduling, make_scheduling
 from deixis.streams import ResultStream
 from deixis.tasks import Phrases, Tasks
 from deixis.timing import Span, TimedEngine, edge
@@ -50,13 +51,15 @@ MODELS_VARIABLE = "DEIXIS_MODELS"  # folders of bundles, separated as in PATH
 
 @dataclass(frozen=True)
 class Info:
-    """What is loaded, and how it runs. cache_capacity: tokens. threads: 0 = as many as the engine likes."""
+    """What is loaded, and how it runs. cache_capacity: tokens. threads, spin, cores: see deixis.scheduling."""
 
     name: str
     family: str
     bundle: Path
     device: str
     threads: int
+    spin: bool
+    cores: tuple[int, ...]
     cache_capacity: int
     scene_budget_mb: float
     tasks: tuple[str, ...]
@@ -70,6 +73,8 @@ def load(
     cache_capacity: int | None = None,
     scene_budget_mb: float = 256,
     verify: bool = True,
+    spin: bool = False,
+    cores: Sequence[int] | None = None,
 ) -> Model:
     """Open a bundle. Graphs are loaded when a task first needs them; `Model.warmup` loads them at once.
 
@@ -77,22 +82,31 @@ def load(
         bundle: path of a bundle, or a name: looked up in the folders of $DEIXIS_MODELS, then among the bundles that
             come with deixis.
         device: "auto", "cpu" or "cuda". A device that is asked for is used or refused, never replaced.
-        threads: of one graph run; None = as many as the engine likes.
+        threads: of one graph run; None = one per core that this process may use, or per core given.
         cache_capacity: most tokens of a generated text, the begin token included; None = as the bundle says. A caption
             that would be longer is cut there, with finished=False.
         scene_budget_mb: recent scenes are kept up to this many MB (10^6 bytes); 0 = none.
         verify: check the hash of every file first.
+        spin: threads that wait for work stay awake for a while: faster on an idle machine, a burden on a busy one.
+        cores: numbers of processors, from 0 on, one per thread, to pin the threads of graph runs to. The first is for
+            the thread that calls, which stays where it is: pin it with os.sched_setaffinity. docs/threads.md has more.
 
     Raises BundleError (not found, not in the format, newer, damaged), DeviceError, PromptError for an option that makes
     no sense.
     """
-    for name, value in (("threads", threads), ("cache_capacity", cache_capacity)):
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-            raise PromptError(f"{name} must be a whole number from 1 on, found {value!r}")
+    scheduling = make_scheduling(threads, spin, cores)
+    wanted = cache_capacity
+    if wanted is not None and (not isinstance(wanted, Integral) or isinstance(wanted, bool) or wanted < 1):
+        raise PromptError(f"cache_capacity must be a whole number from 1 on, found {wanted!r}")
     if not isinstance(scene_budget_mb, Real) or not scene_budget_mb >= 0:
         raise PromptError(f"scene_budget_mb must be a number from 0 on, found {scene_budget_mb!r}")
     opened = open_bundle(find_bundle(bundle), verify_hashes=verify)
-    pipeline = make_pipeline(opened, make_engine(opened, device, threads), cache_capacity)
+    engine = make_engine(opened, device, scheduling.threads or None)
+    if isinstance(engine, Schedulable):
+        engine.schedule(scheduling)
+    elif scheduling.spin or scheduling.cores:
+        raise PromptError(f"spin and cores do not apply to device {engine.device!r}; leave them out")
+    pipeline = make_pipeline(opened, engine, cache_capacity)
     return Model(pipeline, scene_budget_mb)
 
 
@@ -161,16 +175,20 @@ class Model:
     @property
     def info(self) -> Info:
         pipeline = self.pipeline
+        engine = pipeline.engine
+        scheduling: Scheduling = getattr(engine, "scheduling", Scheduling(engine.threads))
         return Info(
             name=self.manifest.model.name,
             family=self.manifest.model.family,
             bundle=self._bundle.path,
-            device=pipeline.engine.device,
-            threads=pipeline.engine.threads,
+            device=engine.device,
+            threads=scheduling.threads,
+            spin=scheduling.spin,
+            cores=scheduling.cores,
             cache_capacity=pipeline.capacity,
             scene_budget_mb=self._budget_mb,
             tasks=pipeline.tasks,
-            loaded_graphs=pipeline.engine.loaded(),
+            loaded_graphs=engine.loaded(),
         )
 
     def close(self) -> None:
@@ -188,7 +206,7 @@ class Model:
         tasks.close()
         tasks.pipeline.engine.close()
         del tasks
-        _return_freed_memory()
+        return_freed_memory()
 
     def warmup(self) -> None:
         """Load every graph and run every task once on a grey picture, so that the first real call is as fast as the
@@ -371,11 +389,3 @@ def content_hash(picture: NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(str(picture.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(picture).data)
     return digest.hexdigest()
-
-
-def _return_freed_memory() -> None:
-    """Ask glibc to hand freed memory back to the system: else it keeps small blocks, tens of MB after a few graphs."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # another C library, another system
-        log.debug("no malloc_trim here")

@@ -133,6 +133,10 @@ def parser() -> argparse.ArgumentParser:
 def _device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=DEVICES, default="auto", help="where graphs run (default: %(default)s)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of one graph run (default: all cores)")
+    sub.add_argument(
+        "--cores", type=_cores, metavar="LIST", help="processors to pin those threads to, one each, such as 0,1 or 0-3"
+    )
+    sub.add_argument("--spin", action="store_true", help="let threads that wait for work stay awake")
     sub.add_argument("--debug", action="store_true", help="show tracebacks and logs")
 
 
@@ -186,6 +190,17 @@ def _positive(text: str) -> int:
     if not 1 <= value < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return value
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of processors such as 0,1 or 0-3")
+        found += range(int(ends[0]), int(ends[1]) + 1)
+    return tuple(found)
 
 
 def _share(text: str) -> float:

@@ -22,6 +22,7 @@ from deixis.engines import DEVICES, Engine, make_engine
 from deixis.errors import BundleError, BundleIntegrityError, DeviceError, EngineError
 from deixis.files import check_target
 from deixis.model import find_bundle
+from deixis.scheduling import Schedulable, make_scheduling, usable_cores
 
 Array = NDArray[np.generic]
 # Large golden outputs are stored in half precision, which rounds a value by at most this part of it.
@@ -55,7 +56,10 @@ def verify(options: argparse.Namespace) -> int:
     if options.json and options.json != "-":
         check_target(options.json)
     bundle = open_bundle(find_bundle(options.bundle))
-    engine = make_engine(bundle, options.device, options.threads)
+    scheduling = make_scheduling(options.threads, options.spin, options.cores)
+    engine = make_engine(bundle, options.device, scheduling.threads or None)
+    if isinstance(engine, Schedulable):
+        engine.schedule(scheduling)
     started = time.perf_counter()
     try:
         rows = compare_golden(bundle, engine)
@@ -159,6 +163,7 @@ def doctor(options: argparse.Namespace) -> int:
         except metadata.PackageNotFoundError:
             if name in ("numpy", "tokenizers", "onnxruntime"):
                 print(f"{name:<12} not installed")
+    print(f"threads      {usable_cores() or 'as many as onnxruntime likes'} for a graph run, asleep while they wait")
     try:
         bundle = open_bundle(find_bundle(DEFAULT_BUNDLE), verify_hashes=False)
         print(f"demo bundle  {bundle.path}")

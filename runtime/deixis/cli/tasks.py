@@ -89,7 +89,9 @@ def trace(options: argparse.Namespace) -> int:
 def load(options: argparse.Namespace) -> Model:
     """The model that the options name."""
     try:
-        return deixis.load(options.bundle, device=options.device, threads=options.threads)
+        return deixis.load(
+            options.bundle, device=options.device, threads=options.threads, spin=options.spin, cores=options.cores
+        )
     except BundleNotFoundError:
         if options.bundle != TALKING_BUNDLE:
             raise

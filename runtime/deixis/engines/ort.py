@@ -14,21 +14,30 @@ from numpy.typing import NDArray
 from deixis.bundle import Bundle
 from deixis.engines import Arrays
 from deixis.errors import ClosedError, DeviceError, EngineError
+from deixis.memory import return_freed_memory
+from deixis.scheduling import Scheduling, make_scheduling
 
 if TYPE_CHECKING:
     import onnxruntime
 
 log = logging.getLogger(__name__)
 
+_CLOSED = "the model was closed while it was in use"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+# Graphs that keep the memory they work in between runs. For a large encoder the system would have to give and clear all
+# its pages again for each picture (a tenth of its time), for the decoder step every microsecond of a token counts. The
+# others work in memory that goes back to the C library.
+_KEEPS_MEMORY = frozenset({"sam_encoder", "global_encoder", "grounding_encoder", "decoder_step"})
+# Memory is planned ahead for each shape of the inputs, and the plans stay: only where the shapes are few.
+_PLANS_MEMORY = frozenset({"decoder_step"})
 
 
 class OrtEngine:
     """Graphs of one bundle as onnxruntime sessions, loaded on first use. Safe to use from several threads.
 
-    threads: of one graph run; None leaves the number to onnxruntime (one per physical core). Idle threads sleep instead
-    of spinning: decoding is many short runs, and a spinning pool takes cores from everybody else. Measured on two busy
-    cores (36 small products, 2 threads): 10.8 ms asleep, 16.7 ms spinning, and 5.5 against 8.5 ms of processor time.
+    threads: of one graph run; None = one per core that this process may use. docs/threads.md tells what was measured.
     """
 
     def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
@@ -36,8 +45,9 @@ class OrtEngine:
         self._bundle = bundle
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
+        self._loading: dict[str, threading.Lock] = {}
         self._closed = False
-        self.threads = threads or 0
+        self.scheduling = make_scheduling(threads)
         available = self._ort.get_available_providers()
         self.device = device
         if device == "auto":
@@ -52,6 +62,14 @@ class OrtEngine:
             raise DeviceError(
                 "device 'cuda': onnxruntime cannot start CUDA here; check driver, CUDA and cuDNN libraries"
             )
+
+    @property
+    def threads(self) -> int:
+        return self.scheduling.threads
+
+    def schedule(self, scheduling: Scheduling) -> None:
+        """How the threads of graphs that are loaded from now on behave."""
+        self.scheduling = scheduling
 
     def run(self, role: str, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
         graph = self._bundle.manifest.graphs[role]
@@ -86,6 +104,8 @@ class OrtEngine:
         keep = (dict(inputs), dict(outputs))
 
         def run(_keep: object = keep) -> None:  # the binding holds plain addresses: keep what lies there
+            if self._closed:
+                raise ClosedError(_CLOSED)
             try:
                 session.run_with_iobinding(binding)
             except Exception as error:
@@ -105,25 +125,47 @@ class OrtEngine:
             self._sessions.clear()
 
     def _session(self, role: str) -> onnxruntime.InferenceSession:
+        """Of several threads that need a graph, one loads it and the others wait; graphs in memory are not held up."""
         with self._lock:
-            if self._closed:
-                raise ClosedError("the model was closed while it was in use")
-            if role not in self._sessions:
-                self._sessions[role] = self._open(role, self.device)
+            loading = self._loading.setdefault(role, threading.Lock())
+            session = self._known(role)
+        if session is not None:
+            return session
+        with loading:
+            with self._lock:
+                session = self._known(role)
+            if session is None:
+                session = self._open(role, self.device)
                 log.debug("loaded graph %s", role)
-            return self._sessions[role]
+                with self._lock:
+                    if self._closed:
+                        raise ClosedError(_CLOSED)
+                    self._sessions[role] = session
+        return session
+
+    def _known(self, role: str) -> onnxruntime.InferenceSession | None:
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        return self._sessions.get(role)
 
     def _open(self, role: str, device: str) -> onnxruntime.InferenceSession:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = self.scheduling.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = role in _KEEPS_MEMORY
+        options.enable_mem_pattern = role in _PLANS_MEMORY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.scheduling.spin else "0")
+        if len(self.scheduling.cores) > 1:  # of all threads but the calling one; onnxruntime counts processors from 1
+            pinned = ";".join(str(core + 1) for core in self.scheduling.cores[1:])
+            options.add_session_config_entry("session.intra_op_thread_affinities", pinned)
         path = self._bundle.file(self._bundle.manifest.graphs[role].file)
         try:
-            return self._ort.InferenceSession(str(path), options, providers=[_PROVIDERS[device]])
+            session = self._ort.InferenceSession(str(path), options, providers=[_PROVIDERS[device]])
         except Exception as error:
             raise EngineError(f"{path}: onnxruntime cannot load graph {role}: {_one_line(error)}") from error
+        return_freed_memory()  # what it was read and optimised in, as much as its weights
+        return session
 
     def _works(self, device: str) -> bool:
         """Open the smallest graph on a device: onnxruntime lists CUDA when it was built with it, not when it runs."""
