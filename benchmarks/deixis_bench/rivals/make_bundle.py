@@ -7,6 +7,9 @@ PixelLLM, or the LLaMA in a GLaMM, whose other parts are tiny; they are exported
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +28,14 @@ _LENGTH = PROMPT_TOKENS + MOST_NEW_TOKENS + 8
 
 
 def bundle_of(spec: Spec, precision: str) -> Path:
-    """The bundle of a worker's weights in a precision, made when it is not there. Raises RivalError."""
-    bundle = spec.work.parent / f"bundle-{precision}"
+    """The bundle of a worker's weights in a precision, made when it is not there. Raises RivalError.
+
+    One that other sources exported is made anew: else a campaign would measure yesterday's graphs.
+    """
+    bundle = spec.work.parent / f"bundle-{precision}-{_sources()}"
     if not bundle.exists():
+        for old in spec.work.parent.glob(f"bundle-{precision}-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         command = [
             sys.executable,
             "-m",
@@ -42,6 +50,18 @@ def bundle_of(spec: Spec, precision: str) -> Path:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise RivalError(f"the export to {precision} failed: {lines[-1]}")
     return bundle
+
+
+def _sources() -> str:
+    """Digest of the code that makes graphs."""
+    digest = hashlib.sha256()
+    for package in ("deixis_export", "deixis_train.models"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise RivalError(f"{package} is not installed, so no bundle can be made")
+        for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def make_bundle(part: str, precision: str, folder: Path, bundle: Path) -> None:

@@ -15,10 +15,11 @@ from deixis_bench.rivals.make_bundle import bundle_of
 
 def encoder_graph(spec: Spec) -> Path:
     """The exported fp32 graph, or its int8 form."""
-    path = bundle_of(spec, "fp32") / "graphs" / "sam_encoder.onnx"
+    bundle = bundle_of(spec, "fp32")
+    path = bundle / "graphs" / "sam_encoder.onnx"
     if spec.precision != "int8":
         return path
-    target = spec.work.parent / "sam_encoder-int8.onnx"
+    target = bundle.with_name(f"{bundle.name}-int8.onnx")
     if not target.exists():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 

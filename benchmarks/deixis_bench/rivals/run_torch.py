@@ -31,7 +31,7 @@ def load(spec: Spec) -> Loaded:
     note = ""
     if compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(spec.work / "inductor"))
-        note = "torch.compile, mode max-autotune-no-cudagraphs"
+        note = "torch.compile, default mode"
     elif spec.precision == "int8":
         note = "torch.ao dynamic int8, Linear layers"
     wrap = _compile if compiled else lambda function: function
@@ -41,7 +41,7 @@ def load(spec: Spec) -> Loaded:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return torch.compile(function, dynamic=False)
 
 
 def _lowered(model: torch.nn.Module, precision: str) -> torch.nn.Module:
