@@ -39,7 +39,7 @@ format: .venv/ready
 
 bench: .venv/ready
 	mkdir -p out/bench
-	.venv/bin/deixis bench models/tabletop --threads 2 --json $(RESULTS)/bench-tabletop.json --html out/bench/tabletop.html
+	.venv/bin/deixis bench models/tabletop --threads 2 --rounds 20 --json $(RESULTS)/bench-tabletop.json --html out/bench/tabletop.html
 	.venv/bin/python -m deixis_bench.rivals --part text --json $(RESULTS)/rivals-text.json
 	.venv/bin/python -m deixis_bench.rivals --part llama --json $(RESULTS)/rivals-llama.json
 	.venv/bin/python -m deixis_bench.rivals --part encoder --json $(RESULTS)/rivals-encoder.json

@@ -26,7 +26,8 @@ def python_stage(name: str, p50: float, **other: Any) -> dict[str, Any]:
 
 def request(task: str, p50: float) -> dict[str, Any]:
     return {
-        "task": task, "cold_ms": 6 * p50, "warm_ms": percentiles(p50), "first_token_ms": percentiles(0.7 * p50),
+        "task": task, "cold_ms": 6 * p50, "warm_ms": percentiles(p50), "processor_ms": percentiles(1.9 * p50),
+        "first_token_ms": percentiles(0.7 * p50),
         "per_token_ms": percentiles(2.1), "tokens_per_s": 480.0, "images_per_s": 5.25, "python_us_per_step": 61.5,
     }  # fmt: skip
 

@@ -92,7 +92,7 @@ def roofline(report: dict[str, Any]) -> str:
         limit = max(known, key=lambda name: known[name])
         taken = stage["warm_ms"]["p50"]
         least = taken * known[limit]
-        above = stage["calls"] * (taken - least)
+        above = stage["calls"] * max(0.0, taken - least)  # what lies in a cache beats the ceiling of memory
         rows.append((f"`{stage['name']}`", digits(taken), limit, digits(least), percent(known[limit]), digits(above)))
     if not rows:
         return "No graph's share of the machine's ceilings was measured." + _origin(report)
@@ -107,6 +107,7 @@ def requests(report: dict[str, Any]) -> str:
             f"`{request['task']}`",
             digits(request["cold_ms"]),
             *_percentiles(request["warm_ms"]),
+            digits(_p50(request.get("processor_ms"))),
             digits(_p50(request["first_token_ms"])),
             digits(_p50(request["per_token_ms"])),
             digits(request["tokens_per_s"]),
@@ -116,7 +117,8 @@ def requests(report: dict[str, Any]) -> str:
         for request in report["requests"]
     ]
     columns = (
-        "request", "cold ms", "p50", "p90", "p99", "first token", "per token", "tokens/s", "images/s", "Python µs/step",
+        "request", "cold ms", "p50", "p90", "p99", "processor", "first token", "per token", "tokens/s",
+        "images/s", "Python µs/step",
     )  # fmt: skip
     return _table(columns, rows) + _origin(report)
 
@@ -246,8 +248,8 @@ def _p50(found: Mapping[str, float] | None) -> float | None:
 def _origin(report: Mapping[str, Any]) -> str:
     """A line below a table: what was measured, on what."""
     settings = report.get("settings", {})
-    threads = f", {settings['threads']} threads" if settings.get("threads") else ""
-    rounds = f", {settings['rounds']} rounds" if settings.get("rounds") else ""
+    threads = f", threads: {settings['threads']}" if settings.get("threads") else ""
+    rounds = f", rounds: {settings['rounds']}" if settings.get("rounds") else ""
     return f"\n\nMeasured on {_machine(report)}{threads}{rounds}."
 
 

@@ -12,7 +12,7 @@ TABLETOP = "bench-tabletop"
 TEXT, LLAMA, ENCODER = "rivals-text", "rivals-llama", "rivals-encoder"
 STEP, SERVING, SOAK, PRECISION = "decoder-step", "serving", "soak", "models/tabletop/manifest.json"
 COMMANDS = {
-    TABLETOP: "deixis bench models/tabletop --threads 2",
+    TABLETOP: "deixis bench models/tabletop --threads 2 --rounds 20",
     TEXT: "python -m deixis_bench.rivals --part text",
     LLAMA: "python -m deixis_bench.rivals --part llama",
     ENCODER: "python -m deixis_bench.rivals --part encoder",

@@ -13,6 +13,7 @@ from typing import Any
 
 from deixis_bench import page_plots
 from deixis_bench.page_plots import Plot
+from deixis_bench.page_style import STYLE
 from deixis_bench.units import MISSING, digits, large, megabytes, percent, spread, times
 from deixis_train.files import write_text
 
@@ -26,39 +27,6 @@ PROTOCOL = (
     "The ceilings are measured beside it: reading a buffer far larger than the caches, multiplying large matrices.",
     "Rivals run in processes of their own with the same weights, inputs and threads, and their output is compared.",
 )
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1d1f; --muted: #63666b; --grid: #e3e3e0; --graph: #2a6fb5;
-  --python: #c4581a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #17181a; --ink: #ecebe8; --muted: #a2a5aa; --grid: #34363a;
-  --graph: #6aaaf0; --python: #f2935c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p, ul { max-width: 44rem; margin: .5rem 0; }
-ul { padding-left: 1.2rem; }
-.muted, figcaption, caption { color: var(--muted); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
-  gap: .5rem 1.5rem; margin: 1.25rem 0; }
-.figures div { border-top: 1px solid var(--grid); padding-top: .4rem; }
-.figures dt { color: var(--muted); font-size: .875rem; }
-.figures dd { margin: 0; font-size: 1.5rem; line-height: 1.25; }
-figure { margin: 1rem 0; max-width: 40rem; }
-figure svg { display: block; width: 100%; height: auto; overflow: visible; stroke-linejoin: round; }
-figcaption, caption { font-size: .875rem; text-align: left; }
-.wide { overflow-x: auto; margin: .75rem 0 1rem; }
-.wide:focus-visible { outline: 2px solid var(--graph); outline-offset: 2px; }
-.pairs { display: flex; flex-wrap: wrap; gap: 0 3rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { padding-bottom: .3rem; }
-th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 400; }
-.text { text-align: left; white-space: normal; }
-summary { cursor: pointer; }
-@media print { details > * { display: block; } }
-"""
 
 
 class Text(str):
@@ -82,7 +50,7 @@ def page(report: dict[str, Any]) -> str:
     sections = [
         f"<h1>{escape(title)}</h1>",
         _paragraph(
-            f"{machine['cpu']}, {settings['device']}, {settings['threads']} threads, batch {settings['batch']}; "
+            f"{machine['cpu']}, {settings['device']}, threads: {settings['threads']}, batch: {settings['batch']}; "
             f"{report['data']}",
             "muted",
         ),
@@ -140,13 +108,25 @@ def _requests(report: dict[str, Any]) -> list[str]:
         for name, part in (("first token", "first_token_ms"), ("per token", "per_token_ms")):
             if request.get(part):
                 ranges.append((f"{request['task']}, {name}", request[part], None))
-    columns = ["cold", "p50", "p90", "p99", "first token", "per token", "tokens/s", "images/s", "Python µs per step"]
+    columns = [
+        "cold",
+        "p50",
+        "p90",
+        "p99",
+        "processor",
+        "first token",
+        "per token",
+        "tokens/s",
+        "images/s",
+        "Python µs per step",
+    ]
     rows = [
         (
             request["task"],
             [
                 digits(request["cold_ms"]),
                 *_percentiles(request["warm_ms"]),
+                digits(_p50(request.get("processor_ms"))),
                 digits(_p50(request.get("first_token_ms"))),
                 digits(_p50(request.get("per_token_ms"))),
                 digits(request.get("tokens_per_s")),
@@ -160,7 +140,7 @@ def _requests(report: dict[str, Any]) -> list[str]:
     return [
         "<h2>Requests</h2>",
         _figure(plot, "Dot: p50; tick: p90; ring: p99; diamond: the first of a freshly loaded model."),
-        _table("Whole requests in ms; first and later tokens are medians", ["request", *columns], rows),
+        _table("Whole requests in ms by the clock; processor time and tokens are medians", ["request", *columns], rows),
     ]
 
 
@@ -197,9 +177,8 @@ def _stages(report: dict[str, Any]) -> list[str]:
         "of arithmetic",
     ]
     peaks = ", ".join(f"{digits(rate, 'GFLOP/s')} in {name}" for name, rate in ceilings["gflop_s"].items() if rate)
-    reached = (
-        f"Measured in the same run: {ceilings['threads']} threads read {digits(ceilings['read_gb_s'], 'GB/s')}"
-        + (f" and compute {peaks}." if peaks else ".")
+    reached = f"Measured in the same run: reading {digits(ceilings['read_gb_s'], 'GB/s')}" + (
+        f", multiplying {peaks}." if peaks else "."
     )
     return [
         "<h2>Where the time goes</h2>",
@@ -334,8 +313,8 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[tuple[str, Seque
     label = escape(caption)
     header = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>\n'
-        f"{header}\n<tbody>\n{body}\n</tbody></table></div>"
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>'
+        f"<caption><span>{label}</span></caption>\n{header}\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Placeholder of each variable of the style sheet in page.py: colours that no plot would use.
+# Placeholder of each variable of the style sheet in page_style.py: colours that no plot would use.
 PAINTS = {
     name: f"#0{n}0{n}0{n}" for n, name in enumerate(("ink", "muted", "grid", "graph", "python", "paper"), start=1)
 }
@@ -244,7 +244,7 @@ def _plain_ticks(axis: Axis) -> None:
 
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: digits(value) if value < 1 else f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -71,7 +71,7 @@ def test_tables_of_a_report(checkout: Checkout) -> None:
     assert step in rows
     assert ["`decoder_step`", "2.00", "memory", "1.72", "86\xa0%", "4.48"] in rows  # 16 x (2.00 - 1.72) ms above
     assert ["`sam_encoder`", "90.0", "arithmetic", "63.0", "70\xa0%", "27.0"] in rows
-    assert ["`refer`", "900", "150", "180", "255", "105", "2.10", "480", "5.25", "61.5"] in rows
+    assert ["`refer`", "900", "150", "180", "255", "285", "105", "2.10", "480", "5.25", "61.5"] in rows
     assert ["ctranslate2 1.2.3", "decoder_step fp32", "10.2", "1.45×", "1.30 to 1.67", "the same", ""] in rows
     assert ["torch compiled", "image encoder", "not measured", "", "", "", "not installed"] in rows
     assert ["at most", "260"] in rows
@@ -79,7 +79,7 @@ def test_tables_of_a_report(checkout: Checkout) -> None:
     assert text.startswith("# Before\n\n<!-- bench:stages one -->\n|") and text.endswith("<!-- /bench -->\n\nafter\n")
     assert (
         "as it was" not in text
-        and text.count("Measured on A Processor with 2 cores, 2 cores, 2 threads, 5 rounds.") == 5
+        and text.count("Measured on A Processor with 2 cores, 2 cores, threads: 2, rounds: 5.") == 5
     )
 
 
