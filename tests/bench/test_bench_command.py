@@ -260,14 +260,17 @@ def test_a_failed_export_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert said == "deixis bench: error: the export of 'x' failed: unknown preset 'x'\n"
 
 
-def test_page_and_rivals_get_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_and_rivals_get_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given: dict[str, Any] = {}
     campaign, page = types.ModuleType("campaign"), types.ModuleType("page")
+    lost = {"name": "third", "part": "text", "error": "not installed", "ms": None, "ratio_to_deixis": None}
     row = {"name": "other", "part": "decoder_step", "ms": {"p50": 2.0}, "ratio_to_deixis": {"median": 2.0}}
 
     def run_rivals(names: list[str], part: str, rounds: int, threads: int, new_tokens: int, work: Path) -> list[Any]:
-        given["rivals"] = (names, part, rounds, threads, new_tokens, work.is_dir())
-        return [row]
+        given["rivals"] = (names, part, rounds, threads, new_tokens, work)
+        return [row, lost]
 
     campaign.run_rivals = run_rivals  # type: ignore[attr-defined]
     page.write_page = lambda report, path: given.update(page=(report["rivals"], path))  # type: ignore[attr-defined]
@@ -275,9 +278,15 @@ def test_page_and_rivals_get_the_report(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "deixis_bench.page", page)
     monkeypatch.setattr("deixis_bench.bench.measure.measure", lambda *_: [_empty_report()])
     html = tmp_path / "report.html"
-    assert cli.main(["tiny", *WARM, "--rivals", "other", "--html", str(html)]) == 0
-    assert given["rivals"] == (["other"], "decoder_step", ROUNDS, 1, TOKENS, True)
-    assert given["page"] == ([row], html)
+    assert (
+        cli.main(
+            ["tiny", *WARM, "--rivals", "other", "--part", "encoder", "--work", str(tmp_path), "--html", str(html)]
+        )
+        == 0
+    )
+    assert given["rivals"] == (["other"], "encoder", ROUNDS, 1, TOKENS, tmp_path)
+    assert given["page"] == ([row, lost], html)
+    assert "rival third (text): not measured: not installed" in capsys.readouterr().out
 
 
 def _empty_report() -> dict[str, Any]:
@@ -297,6 +306,7 @@ def _empty_report() -> dict[str, Any]:
         ([str(TINY), "--new-tokens", "400"], "400 new tokens are too many: the bundle's caches hold 56"),
         (["--compare", str(TINY / "manifest.json"), str(TINY / "manifest.json")], "not a report of 'deixis bench'"),
         (["--compare", str(TINY), str(TINY / "manifest.json")], "not one of each"),
+        ([str(TINY), "--rivals", "nobody"], "--rivals: no rival 'nobody'"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

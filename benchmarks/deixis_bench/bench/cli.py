@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--json", metavar="FILE", type=Path, help="write the report")
     root.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page that needs nothing else")
     root.add_argument(
-        "--rivals", metavar="NAME", nargs="+", help="other runtimes to run beside deixis; 'all' = every one"
+        "--rivals", metavar="NAME[:PRECISION]", nargs="+", help="other runtimes, beside deixis; 'all' = every one"
     )
-    root.add_argument("--part", default="decoder_step", help="of the model that rivals run (default: %(default)s)")
+    root.add_argument("--part", default="text", help="what rivals run: text, llama or encoder (default: %(default)s)")
     root.add_argument(
         "--random", metavar="PRESET", help="measure the sizes of a preset with random weights, instead of a bundle"
     )
@@ -120,24 +119,31 @@ def _run(options: argparse.Namespace) -> int:
     from deixis_bench.bench.show import text
 
     settings = _settings(options)
+    rivals = _rivals(options, settings) if options.rivals else []
     if options.random is not None:
         from deixis_bench.bench.random_preset import measure_random
 
         report = measure_random(options.random, options.precision, settings, options.work, _say)
     else:
         [report] = measure([options.bundle], settings, _say)
-    if options.rivals:
-        from deixis_bench.rivals.campaign import run_rivals
-
-        with tempfile.TemporaryDirectory() as folder:
-            threads = report["settings"]["threads"]
-            work = options.work or Path(folder)
-            report["rivals"] = run_rivals(
-                options.rivals, options.part, settings.rounds, threads, settings.new_tokens, work
-            )
+    report["rivals"] = rivals
     print(text(report))
     _write(options, report)
     return 0
+
+
+def _rivals(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
+    """Rows of the rivals, who come first: what is wrong with their names shows before anything was measured."""
+    from deixis_bench.bench.settings import threads_of
+    from deixis_bench.rivals.__main__ import default_work
+    from deixis_bench.rivals.campaign import run_rivals
+    from deixis_bench.rivals.contract import RivalError
+
+    threads, work = threads_of(settings.threads or 0), options.work or default_work()
+    try:
+        return run_rivals(options.rivals, options.part, settings.rounds, threads, settings.new_tokens, work)
+    except (ValueError, RivalError) as error:
+        raise DeixisError(f"--rivals: {error}") from None
 
 
 def _compare(options: argparse.Namespace) -> int:

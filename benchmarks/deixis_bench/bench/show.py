@@ -101,6 +101,9 @@ def _rest(report: Mapping[str, Any]) -> list[str]:
     if energy := report["energy"]:
         lines.append(f"energy: {energy['joules_per_request']:.3f} J a request ({energy['source']})")
     for rival in report["rivals"]:
+        if rival.get("error"):
+            lines.append(f"rival {rival['name']} ({rival['part']}): not measured: {rival['error']}")
+            continue
         times = rival.get("ms_per_token") or rival.get("ms") or {}
         ratio = rival.get("ratio_to_deixis") or {}
         lines.append(
