@@ -240,6 +240,19 @@ def test_graphs_one_at_a_time_when_memory_is_short(tmp_path: Path, monkeypatch: 
     assert any(note.startswith("decoder_pass: left out: its weights take") for note in report["notes"])
 
 
+@pytest.mark.slow
+def test_a_preset_is_exported_and_measured(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["--random", "tiny", "--precision", "w8", "--device", "cpu", "--work", str(tmp_path), *WARM]
+    assert cli.main([*arguments, "--json", str(path)]) == 0
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["preset"] == "tiny" and report["bundle"]["source"].startswith("random weights, preset tiny")
+    assert report["bundle"]["precision"]["decoder_step"] == "w8"
+    [step] = [stage for stage in report["stages"] if stage["name"] == "decoder_step"]
+    assert step["bytes_read"] <= step["weight_bytes"]  # blocks are read as they are stored
+    assert (tmp_path / "tiny-w8-0").is_dir()
+
+
 def test_memory_decides_how_a_preset_is_run() -> None:
     bundle = deixis.open_bundle(TINY, verify_hashes=False)
     needed = sum(random_preset.weights_in_memory(bundle, role) for role in bundle.manifest.graphs)
