@@ -8,6 +8,7 @@ sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,16 @@ def _flatten(g: Any, x: Any, start: Any, end: Any) -> Any:
     return _reshape(g, x, [0] * (first % rank) + [-1])
 
 
+def _gelu(g: Any, x: Any, approximate: Any) -> Any:
+    """The approximation by a tanh as x * sigmoid(x * (a + b * x^2)): the same function in six nodes instead of ten."""
+    if _constant(approximate, "s") != "tanh":
+        return _opset9.gelu(g, x, approximate)
+    a = 2 * (2 / math.pi) ** 0.5
+    scale, cubic = (g.op("Constant", value_t=torch.tensor(value)) for value in (a, a * 0.044715))
+    inner = g.op("Add", g.op("Mul", g.op("Mul", x, x), cubic), scale)
+    return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, inner)))
+
+
 def _roi_align(g: Any, maps: Any, boxes: Any, index: Any, size: Any, scale: Any) -> Any:
     """mmcv's RoIAlign with `aligned` (GLaMM section 4), which is ONNX's from opset 16 on."""
     side = _constant(size, "i")
@@ -88,7 +99,7 @@ def _resize_aligned(g: Any, x: Any, size: Any, align_corners: Any, *scale_factor
 def _constant(value: Any, kind: str) -> Any:
     """The number or list of integers that a traced value is, or None when it is computed in the graph."""
     found = _helper._maybe_get_const(value, kind)
-    return found if isinstance(found, int | float | list | tuple) else None
+    return found if isinstance(found, int | float | str | list | tuple) else None
 
 
 @contextmanager
@@ -97,6 +108,7 @@ def own_symbolics(opset: int) -> Iterator[None]:
     own = {
         "aten::unflatten": _unflatten,
         "aten::flatten": _flatten,
+        "aten::gelu": _gelu,
         "aten::upsample_bilinear2d": _resize_aligned,
         OPERATOR: _roi_align,
     }

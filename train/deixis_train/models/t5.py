@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from deixis_train.models.config import T5Config
 from deixis_train.models.layers import LoraLinear, RMSNorm, merge_lora, projection
-from deixis_train.models.text_rows import KeyValue, additive, group_rows, ungroup_rows
+from deixis_train.models.text_rows import KeyValue, additive, group_rows
 
 
 def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
@@ -172,7 +172,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Rows x [R, S, D] against `cross` [N, H, E, Dh]; with a cache, new keys and values go to its `slots`.
 
-        `slots` is the position of every new element, [R, H, S, Dh]. `cross_bias` broadcasts to [N, H, (R / N) * S, E].
+        `slots` is the position of every new element, [R, H, S, Dh]. `cross_bias` [N, 1, 1 or (R / N) * S, E].
         Returns x and the keys and values attended to.
         """
         normed = self.pre_self_attention_layer_norm(x)
@@ -182,10 +182,12 @@ class DecoderLayer(nn.Module):
         attended = self.self_attention.attend(self.self_attention.project_query(normed), key, value, self_bias)
         x = x + self.dropout(self.self_attention.merge_heads(attended))
 
-        query = self.encoder_decoder_attention.project_query(self.pre_cross_attention_layer_norm(x))
-        prompts = cross[0].shape[0]
-        attended = self.encoder_decoder_attention.attend(group_rows(query, prompts), *cross, cross_bias)
-        x = x + self.dropout(self.encoder_decoder_attention.merge_heads(ungroup_rows(attended, query)))
+        # Rows of a prompt are adjacent: here they are one longer row. `cross_bias` is the same for all layers, so that
+        # a graph computes this shape once.
+        grouped = self.pre_cross_attention_layer_norm(x).reshape(cross_bias.shape[0], -1, x.shape[2])
+        query = self.encoder_decoder_attention.project_query(grouped)
+        attended = self.encoder_decoder_attention.attend(query, *cross, cross_bias)
+        x = x + self.dropout(self.encoder_decoder_attention.merge_heads(attended).reshape_as(x))
         return x + self.dropout(self.mlp(self.pre_mlp_layer_norm(x))), (key, value)
 
 
