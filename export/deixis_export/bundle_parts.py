@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from deixis.bundle import (
     Manifest,
     ParityRecord,
     Precision,
+    PrecisionSearch,
     TensorInfo,
     describe_files,
     write_bundle,
@@ -99,7 +100,13 @@ def new_bundle(destination: Path, force: bool) -> Iterator[Path]:
         ) from error
 
 
-def finish(work: Path, written: Written, beside: Beside, make_manifest: Callable[[Contents], Manifest]) -> Manifest:
+def finish(
+    work: Path,
+    written: Written,
+    beside: Beside,
+    make_manifest: Callable[[Contents], Manifest],
+    evidence: PrecisionSearch | None = None,
+) -> Manifest:
     """Add to a folder with its graphs what else a bundle holds. The manifest's parity is that of `written`."""
     _write_text(work / TOKENIZER_FILE, beside.tokenizer_json)
     for name, text in beside.documents.items():
@@ -115,6 +122,7 @@ def finish(work: Path, written: Written, beside: Beside, make_manifest: Callable
             licence=beside.licence,
         )
     )
+    manifest = replace(manifest, precision_search=evidence)
     write_manifest(work, manifest)
     return manifest
 

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from deixis.bundle import Manifest
 from deixis.errors import DeixisError, ExportError
 
 PRECISION_NAMES = ("fp32", "fp16", "int8", "w8", "w4")  # of `weights`, which needs torch
+AUTO = "auto"
+PICTURES = 200
 OWN_LICENCE = "Apache-2.0"
 
 
@@ -38,10 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument(
         "--precision",
-        choices=PRECISION_NAMES,
+        choices=(*PRECISION_NAMES, AUTO),
         default="fp32",
         help="how weights are stored; fp16 is computed in fp32 on a CPU; int8 is for encoders; w8 and w4, blocks of 8 "
-        "and 4 bits, are for graphs of text and leave the others in fp16 (default: %(default)s)",
+        "and 4 bits, are for graphs of text and leave the others in fp16; auto tries what is as good as fp32 "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--precision-of",
@@ -50,6 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="another precision for one graph, as in decoder_step=int8; may be repeated",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="with --precision auto: rendered scenes that training has not seen, which candidates are asked about; "
+        "without it only their drift is measured",
+    )
+    parser.add_argument("--pictures", metavar="N", type=_positive, help=f"of --data, the first N (default: {PICTURES})")
+    parser.add_argument("--four-bits", action="store_true", help="with --precision auto: try w4, too")
+    parser.add_argument(
+        "--threads", metavar="N", type=_positive, help="with --precision auto: of a graph while it is measured"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument(
@@ -72,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
 def _precision_of(text: str) -> tuple[str, str]:
     role, _, precision = text.partition("=")
     if not role or precision not in PRECISION_NAMES:
@@ -87,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--preset and --random go together")
     if (options.checkpoint is None) == (options.preset is None):
         parser.error("name a checkpoint, or --preset NAME --random")
+    if options.precision != AUTO and (options.data or options.pictures or options.four_bits or options.threads):
+        parser.error("--data, --pictures, --four-bits and --threads belong to --precision auto")
+    if options.pictures and options.data is None:
+        parser.error("--pictures belongs to --data")
     if options.out.exists() and not options.force:
         print(f"deixis export: error: {options.out} exists; choose another --out or pass --force", file=sys.stderr)
         return 1
@@ -108,6 +134,8 @@ def _export(options: argparse.Namespace) -> None:
     try:
         from deixis_export import routes
         from deixis_export.bundle_parts import ExportOptions
+        from deixis_export.precision_search import SearchSettings, table
+        from deixis_export.quality import Judge
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run: pip install "deixis[export]"') from None
 
@@ -117,15 +145,25 @@ def _export(options: argparse.Namespace) -> None:
     if options.clip is not None and not published:
         raise ExportError("--clip belongs to the published folder of a GLaMM")
     licence = options.licence if options.licence is not None else "" if published else OWN_LICENCE
-    settings = ExportOptions(options.precision, options.seed, licence, dict(options.precision_of))
+    search, precision = None, cast(Any, options.precision)
+    if precision == AUTO:
+        judge = Judge(options.data, options.pictures or PICTURES, options.threads) if options.data else None
+        search, precision = SearchSettings(judge, options.four_bits, threads=options.threads or 0), "fp16"
+    settings = ExportOptions(precision, options.seed, licence, dict(options.precision_of))
     out, force = options.out, options.force
     if checkpoint is None:
-        bundle = routes.export_random(options.preset, out, options=settings, force=force)
+        bundle = routes.export_random(options.preset, out, options=settings, force=force, search=search)
     elif published:
-        bundle = routes.export_published(checkpoint, out, clip=options.clip, options=settings, force=force)
+        bundle = routes.export_published(
+            checkpoint, out, clip=options.clip, options=settings, force=force, search=search
+        )
     else:
-        bundle = routes.export_checkpoint(checkpoint, out, frozen=options.frozen, options=settings, force=force)
+        bundle = routes.export_checkpoint(
+            checkpoint, out, frozen=options.frozen, options=settings, force=force, search=search
+        )
     manifest = bundle.manifest
+    if manifest.precision_search is not None:
+        print("\n".join(table(manifest.precision_search)))
     worst = max((r.error, name) for name, r in manifest.parity.items() if name.startswith(("graph/", "chain/")))
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     print(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deixis.bundle import Bundle, ParityRecord, open_bundle, write_manifest
+from deixis.bundle import Bundle, ParityRecord, PrecisionSearch, open_bundle, write_manifest
 from deixis.errors import ExportError
 from deixis_export.bundle_parts import (
     GRAPH_TOLERANCE,
@@ -72,6 +72,7 @@ def export_bundle(
     documents: Mapping[str, str] | None = None,
     source: str = "",
     force: bool = False,
+    evidence: PrecisionSearch | None = None,
 ) -> Bundle:
     """Export a model. It is changed: LoRA and BatchNorm are folded, weights rounded to the stored precision.
 
@@ -84,6 +85,7 @@ def export_bundle(
         documents: MODEL_CARD.md and NOTICE by name.
         source: where the weights come from, for the manifest.
         force: replace an existing bundle.
+        evidence: how the precisions were chosen, for the manifest.
 
     Raises:
         ExportError: a graph or the chain differs from the model beyond tolerance, a wrong option, a full disk.
@@ -98,7 +100,9 @@ def export_bundle(
     with new_bundle(destination, force) as work:
         written = _write_graphs(family, model.eval(), work, options)
         beside = Beside(tokenizer_json, documents or {}, source, options.licence)
-        manifest = finish(work, written, beside, lambda contents: family.make_manifest(model, tasks, contents))
+        manifest = finish(
+            work, written, beside, lambda contents: family.make_manifest(model, tasks, contents), evidence
+        )
         # Where any graph rounds activations, the chain can only be recorded.
         lowest = "int8" if any(options.of(role) in ROUNDED for role in specs) else options.precision
         records = family.chain_parity(model, work, lowest, options.seed)
@@ -130,7 +134,7 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
     before = {role: to_numpy(run_torch(spec, model, cases[0][role])) for role, spec in specs.items()}
     with torch.no_grad():
         family.fold(model)
-    _round_weights(model, specs, options)
+    round_weights(model, specs, options)
     result, folder = Written(), work / GRAPHS
     golden: Arrays = {}
     with ExitStack() as stack:
@@ -159,7 +163,7 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
     return result
 
 
-def _round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) -> None:
+def round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) -> None:
     """Round the weights of each graph as it stores them. Raises ExportError where two graphs disagree about a part."""
     users: dict[str, str] = {}
     for role, spec in specs.items():
