@@ -103,6 +103,8 @@ def _figures(report: dict[str, Any]) -> str:
 
 def _requests(report: dict[str, Any]) -> list[str]:
     requests = report["requests"]
+    if not requests:
+        return ["<h2>Requests</h2>", _paragraph("No whole request was run.")]
     ranges = [(request["task"], request["warm_ms"], request["cold_ms"]) for request in requests]
     for request in requests:
         for name, part in (("first token", "first_token_ms"), ("per token", "per_token_ms")):
@@ -146,7 +148,12 @@ def _requests(report: dict[str, Any]) -> list[str]:
 
 def _stages(report: dict[str, Any]) -> list[str]:
     stages, ceilings = report["stages"], report["roofline"]
-    first = report["requests"][0]["task"] if report["requests"] else ""
+    if report["requests"]:
+        first = report["requests"][0]["task"]
+        shown = [stage for stage in stages if stage.get("request", first) == first]
+        told = f"Request {first}: calls times the median of each stage, and its share."
+    else:
+        shown, told = stages, "The median of each graph, which ran alone, and its share of their sum."
     rows = [
         (
             stage["name"],
@@ -182,10 +189,7 @@ def _stages(report: dict[str, Any]) -> list[str]:
     )
     return [
         "<h2>Where the time goes</h2>",
-        _figure(
-            page_plots.time_of_a_request([stage for stage in stages if stage.get("request", first) == first]),
-            f"Request {first}: calls times the median of each stage, and its share. Blue: a graph; orange: Python.",
-        ),
+        _figure(page_plots.time_of_a_request(shown), f"{told} Blue: a graph; orange: Python."),
         _table("Stages in ms per call; shares are of what was measured on this machine", columns, rows),
         "<h2>Against the machine's ceilings</h2>",
         _paragraph(f"{reached} What lies near the slope waits for memory, what lies near a level for arithmetic."),
