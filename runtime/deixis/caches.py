@@ -19,6 +19,9 @@ from deixis.engines import Arrays, Engine
 
 Floats = NDArray[np.float32]
 
+BLOCK = (
+    64  # tokens by which a cache grows: the step attends to all of it, so it should not be much longer than the text
+)
 CANDIDATES = 16  # next ids that the step looks at in each row, at most
 
 
@@ -201,19 +204,34 @@ class StepGraph:
 
 
 class StepDecoder:
-    """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`)."""
+    """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`).
 
-    def __init__(self, engine: Engine, state: DecodeState, head: StepHead, points: int) -> None:
+    capacity: most tokens of a row; the cache grows to it by blocks. None: it stays as it is.
+    """
+
+    def __init__(
+        self, engine: Engine, state: DecodeState, head: StepHead, points: int, capacity: int | None = None
+    ) -> None:
         self.state = state
-        # Beams of one prompt compete, and may do so beyond the candidates of each.
-        beams = state.self_cache.rows > state.cross.rows
+        self._engine, self._head = engine, head
+        self._capacity = state.self_cache.capacity if capacity is None else capacity
         self._locations = np.zeros((state.self_cache.rows, 1, points, 2), np.float32)
-        places = {"locations": self._locations} if points else {}  # without a location head the graph has none
-        self._graph = StepGraph(engine, state.self_cache, 1, head, state.cross.inputs(), places, beams)
+        self._graph = self._bind()
 
     def step(self, ids: NDArray[np.int64], banned: NDArray[np.int64] | None = None) -> tuple[Top, Floats]:
         """Consume ids [R]. Returns what may follow, and locations [R, points, 2]; the next step overwrites both."""
+        cache = self.state.self_cache
+        if cache.position == cache.capacity < self._capacity:
+            cache.grow(min(self._capacity, cache.capacity + BLOCK))
+            self._graph = self._bind()
         return self._graph.run(ids[:, None], banned), self._locations[:, 0]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         self.state.self_cache.reorder(rows)
+
+    def _bind(self) -> StepGraph:
+        cache, cross = self.state.self_cache, self.state.cross
+        # Without a location head the graph has none.
+        places = {"locations": self._locations} if self._locations.size else {}
+        # Beams of one prompt compete, and may do so beyond the candidates of each: then logits decide.
+        return StepGraph(self._engine, cache, 1, self._head, cross.inputs(), places, cache.rows > cross.rows)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from deixis.base_pipeline import BasePipeline
 from deixis.batching import SceneFeatures, chunk_rows, group_indices, pad_ids, pick, stack_scenes
 from deixis.bundle import Bundle, CacheSpec, DetectionSpec, LocationSpec, PromptSpec, TaskSpec
-from deixis.caches import CrossCache, DecodeState, StepDecoder, StepHead
+from deixis.caches import BLOCK, CrossCache, DecodeState, StepDecoder, StepHead
 from deixis.detection import Detections, finish, propose
 from deixis.engines import Engine
 from deixis.errors import BundleFormatError, EngineError, PromptError, TaskError
@@ -165,10 +165,11 @@ class Pipeline(BasePipeline):
         return self.location.points_per_token if has_places else 0
 
     def decoder(self, cross: CrossCache, beams: int, length: int) -> StepDecoder:
-        """A decoder for sequences of `length` places (the last is never consumed), its cache as large as that needs."""
-        capacity = min(self.capacity, max(length - 1, self.range("T")[0]))
-        state = DecodeState.start(cross, self.manifest.caches.self_cache, beams, capacity)
-        return StepDecoder(self.engine, state, StepHead.of(self.manifest), self.points)
+        """A decoder for sequences of `length` places (the last is never consumed); its cache grows with them."""
+        least = self.range("T")[0]
+        capacity = min(self.capacity, max(length - 1, least))
+        state = DecodeState.start(cross, self.manifest.caches.self_cache, beams, min(capacity, max(BLOCK, least)))
+        return StepDecoder(self.engine, state, StepHead.of(self.manifest), self.points, capacity)
 
     def teacher_forced(self, cross: CrossCache, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Features [N, L, D] and locations [N, L, points, 2] of given ids [N, L]."""

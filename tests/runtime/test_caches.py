@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import deixis
+from deixis import caches, pipeline
 from deixis.bundle import CacheSpec
 from deixis.caches import CrossCache, DecodeState, SelfCache, StepDecoder, StepHead
 from deixis.decoding import Top
@@ -103,6 +104,21 @@ def test_a_graph_without_reductions_is_reduced_here(tmp_path: Path) -> None:
         captions.append([scene.caption(options=chosen) for chosen in options])
         assert ("banned" in engine.last["decoder_step"]) == (not changes)
     assert captions[0] == captions[1] and all(caption.ids for caption in captions[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_cache_grows_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beams: int) -> None:
+    """Blocks of any size give the same captions, up to the last place of the cache."""
+    captions, capacities = [], []
+    for block in (64, 4, 1):
+        for module in (caches, pipeline):
+            monkeypatch.setattr(module, "BLOCK", block)
+        model, engine = fakes.make_model(tmp_path, None, fakes.FakeEngine(end_bias=-9))
+        scene = model.encode(np.random.default_rng(3).integers(0, 255, (24, 32, 3)).astype(np.uint8))
+        captions.append(scene.caption(options=DecodeOptions(beams=beams)))
+        capacities.append(engine.last["decoder_step"]["self_key.0"].shape[2])
+    assert captions[0] == captions[1] == captions[2] and len(captions[0].ids) == fakes.LENGTH - 2
+    assert capacities == [fakes.LENGTH - 1] * 3
 
 
 def test_rewind_repeats_exactly(tiny_model: deixis.Model, picture: np.ndarray) -> None:
