@@ -63,6 +63,8 @@ def export(preset: str, precision: str, seed: int, folder: Path) -> None:
         return
     if done.returncode == -9:
         raise DeixisError(f"the export of {preset!r} was killed, which is what happens when memory runs out")
+    if done.returncode < 0:
+        raise DeixisError(f"the export of {preset!r} was stopped by signal {-done.returncode}")
     said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     raise DeixisError(f"the export of {preset!r} failed: {said[0].removeprefix('deixis export: error: ')}")
 
@@ -158,7 +160,7 @@ def sizes(bundle: Bundle, settings: Settings) -> dict[str, int]:
 
 
 def made_up(bundle: Bundle, graph: Graph, settings: Settings) -> dict[str, NDArray[np.generic]]:
-    """Inputs of a graph: numbers around 0, pictures of any colours that fill the input, ids and indices from 0 on."""
+    """Inputs of a graph: numbers around 0, pictures of any colours that fill the input, ids and indices 0."""
     random = np.random.default_rng(settings.seed)
     dims, side = sizes(bundle, settings), float(bundle.manifest.image.size)
     found: dict[str, NDArray[np.generic]] = {}
@@ -170,6 +172,8 @@ def made_up(bundle: Bundle, graph: Graph, settings: Settings) -> dict[str, NDArr
             values = np.full(shape, side)
         elif name == "encoder_mask":
             values = np.ones(shape)
+        elif name == "banned":
+            values = np.full(shape, -1)  # no id
         elif name == "boxes":
             values = np.tile([0.25, 0.25, 0.75, 0.75], (*shape[:-1], 1))
         elif tensor.dtype.startswith("float"):
