@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deixis_bench.rivals.contract import MOST_NEW_TOKENS, PROMPT_TOKENS, RivalError, Spec
-from deixis_bench.rivals.weights import read_t5
+from deixis_bench.rivals.weights import SEED, read_t5
 
 if TYPE_CHECKING:
     from deixis_train.models.glamm.glamm import Glamm
@@ -66,9 +66,12 @@ def _sources() -> str:
 
 def make_bundle(part: str, precision: str, folder: Path, bundle: Path) -> None:
     """Export; the graphs of the part get the precision, all others stay fp32."""
+    import torch
+
     from deixis_export.bundle_parts import ExportOptions
     from deixis_export.export import export_bundle
 
+    torch.manual_seed(SEED)  # of the parts that are never run
     model, tokenizer = {"text": _text_model, "llama": _llama_model, "encoder": _encoder_model}[part](folder)
     roles = _ROLES[part] if precision != "fp32" else ()
     options = ExportOptions(precision="fp32", precision_of={role: _of_role(role, precision) for role in roles})  # type: ignore[arg-type]

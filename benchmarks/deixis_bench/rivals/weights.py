@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from deixis_train.models.config import PixelLLMConfig, T5Config
-    from deixis_train.models.glamm.config import LlamaConfig
+    from deixis_train.models.glamm.config import LlamaConfig, SpecialIds
     from deixis_train.models.glamm.llama import Llama
     from deixis_train.models.t5 import T5
 
@@ -48,11 +48,12 @@ def t5_sizes(size: str) -> T5Config:
     return T5Config(vocab=320, emb=32, heads=2, head_dim=16, layers=2, mlp=48, enc_rank=0, dec_rank=0)
 
 
-def llama_sizes(size: str) -> LlamaConfig:
-    """The language model of glamm-135m (SmolLM2-135M's shape), or a tiny one."""
+def llama_sizes(size: str) -> tuple[LlamaConfig, SpecialIds]:
+    """The language model of glamm-135m (SmolLM2-135M's shape), or a tiny one, and the ids of GLaMM's special tokens."""
     from deixis_train.models.glamm.config import GLAMM_PRESETS
 
-    return GLAMM_PRESETS["glamm-135m" if size == "full" else "glamm-tiny"].llama
+    preset = GLAMM_PRESETS["glamm-135m" if size == "full" else "glamm-tiny"]
+    return preset.llama, preset.ids
 
 
 def vision_sizes(size: str) -> PixelLLMConfig:
@@ -119,14 +120,14 @@ def _make_llama(size: str, folder: Path) -> None:
 
     from deixis_train.models.glamm.llama import Llama
 
-    config = llama_sizes(size)
+    config, special = llama_sizes(size)
     model = Llama(config).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):  # else the tied head would only ever repeat the last id
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    model.embed_tokens.weight[:SPECIAL_IDS] = 0.0
-    if model.lm_head is not None:
-        model.lm_head.weight[:SPECIAL_IDS] = 0.0
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    head.weight[:SPECIAL_IDS] = 0.0
+    head.weight[special.image_start :] = 0.0  # GLaMM's own ids, which would ask for pictures and boxes
     tensors = {
         name if name.startswith("lm_head.") else f"model.{name}": value for name, value in model.state_dict().items()
     }
@@ -153,7 +154,7 @@ def _make_llama(size: str, folder: Path) -> None:
         "torch_dtype": "float32",
     }
     _write(folder, tensors, values, config.vocab, {"unk_token": 0, "bos_token": 1, "eos_token": 2})
-    _write_notes(folder, config.vocab, lambda prompt: _continue_llama(model, prompt))
+    _write_notes(folder, special.image_start, lambda prompt: _continue_llama(model, prompt))
 
 
 def read_t5(folder: Path) -> T5:
@@ -221,11 +222,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_notes(folder: Path, vocab: int, continued: Any) -> None:
-    """Draw prompts until one is continued without doubt; `continued` gives ids, or None where there is doubt."""
+def _write_notes(folder: Path, most: int, continued: Any) -> None:
+    """Draw prompts of ids below `most` until one is continued without doubt; `continued` gives ids, None in doubt."""
     generator = np.random.default_rng(SEED)
     for _ in range(_PROMPTS):
-        prompt = generator.integers(SPECIAL_IDS, vocab, PROMPT_TOKENS).tolist()
+        prompt = generator.integers(SPECIAL_IDS, most, PROMPT_TOKENS).tolist()
         ids = continued(prompt)
         if ids is not None:
             _write_json(folder / NOTES, {"seed": SEED, "clear": CLEAR, "prompt": prompt, "ids": ids})
