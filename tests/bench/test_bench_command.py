@@ -75,7 +75,9 @@ def test_every_graph_is_a_stage_with_its_costs(report: dict[str, Any]) -> None:
     stages = {stage["name"]: stage for stage in report["stages"]}
     graphs = {name for name, stage in stages.items() if stage["kind"] == "graph"}
     assert graphs == set(report["bundle"]["precision"])
-    assert set(stages) - graphs == {"preprocess", "postprocess", "python"}
+    others = {"caption_again", "region_caption", "refer", "trace", "segment"}
+    assert set(stages) - graphs == {"preprocess", "postprocess", "python", *(f"postprocess {task}" for task in others)}
+    assert stages["postprocess"]["request"] == "caption" and stages["postprocess refer"]["request"] == "refer"
     # the last token is consumed for its place
     assert stages["decoder_step"]["calls"] == TOKENS + 1
     assert stages["decoder_step"]["warm_ms"]["count"] == (TOKENS + 1) * ROUNDS

@@ -29,28 +29,26 @@ def make_stages(
     cold_ms of a graph: its load and its first run, on a freshly loaded model. Shares are of the roofline, at the
     median; the bandwidth's only counts weights.
     """
-    stages: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    stages: dict[str, dict[str, Any]] = {}
     for task, runs in warm.items():
         taken = [run.stages() for run in runs]
-        for name in list(dict.fromkeys(name for run in taken for name in run)):
-            if name in seen:
+        for name in dict.fromkeys(name for run in taken for name in run):
+            # What is done with results differs from task to task; `encode` gives none.
+            title = f"{name} {task}" if name == POSTPROCESS and name in stages and task != "encode" else name
+            if title in stages:
                 continue
-            seen.add(name)
-            seconds = [value for run in taken for value in run.get(name, [])]
-            stages.append(
-                {
-                    "name": name,
-                    "kind": "python" if name in NOT_GRAPHS else "graph",
-                    "request": task,
-                    "calls": statistics.median(len(run.get(name, [])) for run in taken),
-                    "cold_ms": _cold_stage(cold.get(task), name),
-                    "warm_ms": summary(seconds),
-                    **_cost(name, costs, stored, roofline, summary(seconds)["p50"]),
-                }
-            )
+            times = summary([value for run in taken for value in run.get(name, [])])
+            stages[title] = {
+                "name": title,
+                "kind": "python" if name in NOT_GRAPHS else "graph",
+                "request": task,
+                "calls": statistics.median(len(run.get(name, [])) for run in taken),
+                "cold_ms": _cold_stage(cold.get(task), name),
+                "warm_ms": times,
+                **_cost(name, costs, stored, roofline, times["p50"]),
+            }
     order = {PREPROCESS: 0, POSTPROCESS: 2, PYTHON: 3}
-    return sorted(stages, key=lambda stage: order.get(stage["name"], 1))
+    return sorted(stages.values(), key=lambda stage: order.get(stage["name"].split()[0], 1))
 
 
 def _cold_stage(run: Run | None, name: str) -> float | None:
