@@ -37,7 +37,7 @@ format: .venv/ready
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-bench: .venv/ready
+bench: .venv/rivals
 	mkdir -p out/bench
 	.venv/bin/deixis bench models/tabletop --threads 2 --rounds 20 --json $(RESULTS)/bench-tabletop.json --html out/bench/tabletop.html
 	.venv/bin/python -m deixis_bench.rivals --part text --json $(RESULTS)/rivals-text.json
@@ -72,6 +72,10 @@ tabletop-glamm: real-weights
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) 'torch==2.13.0'
 	.venv/bin/python $(PIP) -e '.[dev]'
+	touch $@
+
+.venv/rivals: .venv/ready
+	.venv/bin/python $(PIP) -e '.[rivals]'
 	touch $@
 
 clean:

@@ -128,7 +128,7 @@ GOALS = (
     Goal(_STEP, "fp32, time at length 900 over length 10", 1.3, "x", STEP, figure("fp32/long_over_short"), True),
     Goal(_STEP, "8-bit, time at length 900 over length 10", 1.7, "x", STEP, figure("w8/long_over_short"), True),
     Goal(_STEP, "Python around a greedy step (the demo's)", 100, "µs", TABLETOP,
-         figure("request/caption_again/python_us_per_step"), True),
+         figure("caption_again/python_us_per_step"), True),
     Goal(_ENCODER, "int8 against PyTorch fp32", 2.5, "x", ENCODER, against("torch", "encoder fp32")),
     Goal(
         _ENCODER, "int8 against the best of onnxruntime and OpenVINO in int8", 1.0, "x", ENCODER,

@@ -10,7 +10,7 @@ from deixis.errors import PromptError
 
 GROUP = "deixis.commands"
 # which extra brings a command; commands of parts that other people write need not stand here
-EXTRAS = {"export": "export", "train": "train", "eval": "eval"}
+EXTRAS = {"export": "export", "train": "train", "eval": "eval", "bench": "bench"}
 
 
 def known() -> set[str]:
