@@ -127,8 +127,10 @@ def finish(
     return manifest
 
 
-def describe_graph(spec: GraphSpec[Any], external: tuple[str, ...], precision: PrecisionName) -> Graph:
-    """A graph's entry in the manifest; `external` names its files of weights."""
+def describe_graph(
+    spec: GraphSpec[Any], external: tuple[str, ...], precision: PrecisionName, islands: tuple[str, ...] = ()
+) -> Graph:
+    """A graph's entry in the manifest; `external` names its files of weights, `islands` nodes that stay in fp32."""
 
     def infos(tensors: Any) -> dict[str, TensorInfo]:
         return {tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.dims) for tensor in tensors}
@@ -138,7 +140,7 @@ def describe_graph(spec: GraphSpec[Any], external: tuple[str, ...], precision: P
         opset=OPSET,
         inputs=infos(spec.inputs),
         outputs=infos(spec.outputs),
-        precision=Precision(precision, "int8" if precision in ROUNDED else "fp32"),
+        precision=Precision(precision, "int8" if precision in ROUNDED else "fp32", islands),
         external=external,
     )
 

@@ -35,6 +35,7 @@ from deixis_export.bundle_parts import (
 from deixis_export.cases import Case, golden_arrays
 from deixis_export.families import Family, family_of
 from deixis_export.graph_spec import GraphSpec, M, run_torch
+from deixis_export.islands import HALF_TOLERANCE, WHOLE_GRAPH, find_islands
 from deixis_export.quantize import quantize_blocks, quantize_int8
 from deixis_export.session import Arrays, GraphSession, relative_error
 from deixis_export.trace import TracedGraph, trace
@@ -143,7 +144,11 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
             start, precision = time.perf_counter(), options.of(role)
             expected = [to_numpy(run_torch(spec, model, case[role])) for case in cases]
             shared = decoder if role in family.shared_roles(model) else None
-            external = trace_and_write(spec, model, cases[1][role], folder, shared, precision)
+            traced = trace(spec, model, cases[1][role])
+            islands: tuple[str, ...] = ()
+            if precision == "fp16":
+                islands = _islands(role, traced, [to_numpy(case[role]) for case in cases], expected, result)
+            external = write_lowered(traced, role, folder, shared, precision)
             with GraphSession(folder / f"{role}.onnx") as session:
                 actual = [session.run(to_numpy(case[role])) for case in cases]
             error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
@@ -157,10 +162,23 @@ def _write_graphs(family: Family[Any], model: nn.Module, work: Path, options: Ex
             # What a user's device has to give: the model's numbers, or those of the graph itself where it rounds.
             truth = actual[0] if precision in ROUNDED else expected[0]
             golden |= golden_arrays(role, to_numpy(cases[0][role]), truth)
-            result.graphs[role] = describe_graph(spec, external, precision)
+            result.graphs[role] = describe_graph(spec, external, precision, islands)
             log.info("%s: %.1f s, error %.1e", role, time.perf_counter() - start, error)
     save_golden(work, golden)
     return result
+
+
+def _islands(
+    role: str, traced: TracedGraph, cases: list[Arrays], expected: list[Arrays], result: Written
+) -> tuple[str, ...]:
+    """Nodes that engines which compute in half precision must leave in fp32; the comparison goes into `result`."""
+    found = find_islands(traced, cases, expected)
+    if found.nodes == WHOLE_GRAPH:
+        log.info("%s: half precision is off by %.1e whatever stays in fp32; all of it must", role, found.bare)
+    else:
+        against = f"torch; all in half precision but for {len(found.nodes)} nodes"
+        result.records[f"half/{role}"] = ParityRecord(found.error, HALF_TOLERANCE, against)
+    return found.nodes
 
 
 def round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], options: ExportOptions) -> None:
@@ -187,11 +205,17 @@ def round_weights(model: nn.Module, specs: Mapping[str, GraphSpec[Any]], options
 def trace_and_write(
     spec: GraphSpec[M], model: M, example: Case, folder: Path, shared: WeightFile | None, precision: PrecisionName
 ) -> tuple[str, ...]:
-    """Trace a graph, lower its precision and write it into `folder`, its weights into `shared` if that is given.
+    """Trace a graph and `write_lowered` it."""
+    return write_lowered(trace(spec, model, example), spec.role, folder, shared, precision)
+
+
+def write_lowered(
+    traced: TracedGraph, role: str, folder: Path, shared: WeightFile | None, precision: PrecisionName
+) -> tuple[str, ...]:
+    """Lower a graph's precision and write it into `folder`, its weights into `shared` if that is given.
 
     Returns its external files, relative to the bundle.
     """
-    traced: TracedGraph = trace(spec, model, example)
     if precision == "int8":
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             quantize_int8(traced, Path(temporary))
@@ -199,7 +223,7 @@ def trace_and_write(
         quantize_blocks(traced, WEIGHT_ONLY[precision])
     if precision != "fp32":
         store_fp16(traced)
-    path = folder / f"{spec.role}.onnx"
+    path = folder / f"{role}.onnx"
     if shared is not None:
         write_graph(traced, path, shared)
         shared.flush()
@@ -207,6 +231,6 @@ def trace_and_write(
     if total_bytes(traced) < EXTERNAL_LIMIT_BYTES:
         write_graph(traced, path)
         return ()
-    with WeightFile(folder / f"{spec.role}.data") as own:
+    with WeightFile(folder / f"{role}.data") as own:
         write_graph(traced, path, own)
-    return (f"{GRAPHS}/{spec.role}.data",)
+    return (f"{GRAPHS}/{role}.data",)

@@ -41,15 +41,14 @@ def matrices(traced: TracedGraph) -> dict[str, np.ndarray]:
     return found
 
 
-def quantize_int8(traced: TracedGraph, work: Path, leave: tuple[str, ...] = ()) -> None:
+def quantize_int8(traced: TracedGraph, work: Path) -> None:
     """Weights of MatMul to int8 per output channel, activations quantised while running (onnxruntime's dynamic scheme).
 
-    Only plain matrices of some size are taken, and none of a node in `leave`. `work` is a directory for temporary
-    files.
+    Only plain matrices of some size are taken. `work` is a directory for temporary files.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    names = [name for name in matrices(traced) if name not in leave]
+    names = list(matrices(traced))
     if not names:
         return
     _detach_tables(traced, set(names))
@@ -88,13 +87,12 @@ def _detach_tables(traced: TracedGraph, names: set[str]) -> None:
             node.input[1] = own
 
 
-def quantize_blocks(traced: TracedGraph, bits: int, leave: tuple[str, ...] = ()) -> None:
+def quantize_blocks(traced: TracedGraph, bits: int) -> None:
     """Weights of MatMul to 8 or 4 bits in blocks of 32 along their columns, each with a float32 scale (MatMulNBits).
 
-    Activations enter and leave in float32. Rounding is that of onnxruntime's quantiser: symmetric, to nearest. Nodes in
-    `leave` stay as they are.
+    Activations enter and leave in float32. Rounding is that of onnxruntime's quantiser: symmetric, to nearest.
     """
-    found = {name: weight for name, weight in matrices(traced).items() if name not in leave}
+    found = matrices(traced)
     if not found:
         return
     stored: dict[tuple[object, ...], tuple[str, str]] = {}  # two nodes may share a weight
