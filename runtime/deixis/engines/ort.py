@@ -26,10 +26,11 @@ _CLOSED = "the model was closed while it was in use"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-# Graphs that keep the memory they work in. For each picture the system would have to give and clear all its pages anew,
-# a tenth of an encoder's time. The others work in memory of the C library, which any of them may use next: were each to
-# keep the most it ever needed, prompts of different lengths and batches would make a process grow for long.
-_KEEPS_MEMORY = frozenset({"sam_encoder", "global_encoder", "grounding_encoder"})
+# Graphs that keep the memory they work in. For each picture or batch the system would have to give and clear all its
+# pages anew: a tenth of an image encoder's time, a third of a batch of eight captions. The others work in memory of the
+# C library, which any of them may use next: were each to keep the most it ever needed, prompts of different lengths
+# would make a process grow for long.
+_KEEPS_MEMORY = frozenset({"sam_encoder", "global_encoder", "grounding_encoder", "text_encoder"})
 # Graphs whose memory is planned once for every shape of their inputs: a seventh of a small model's step. Plans are
 # never forgotten, so only where shapes recur.
 _PLANS_MEMORY = frozenset({"decoder_step"})
