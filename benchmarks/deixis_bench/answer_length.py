@@ -89,15 +89,15 @@ class Asked:
         regions = self.pipeline.regions([features], [self.boxes]) if len(self.boxes) else [None]
         return Look(features, regions)
 
-    def read(self, answer: Sequence[int]) -> tuple[LanguageSession, Floats, Floats]:
+    def read(self, answer: Sequence[int]) -> tuple[LanguageSession, int, Floats]:
         """Run the image encoders, and the prompt with an answer so far in one go.
 
-        Returns the session, logits [vocab] of the answer's next id and the state [D] that they come from.
+        Returns the session, the answer's likeliest next id and the state [D] that it comes from.
         """
         look = self.look()
         session = self.pipeline.session([look.features], self.positions + len(answer))
-        logits, states = session.feed(np.array([[*self.ids, *answer]]), look.regions)
-        return session, logits[0], states[0, -1]
+        top, states = session.feed(np.array([[*self.ids, *answer]]), look.regions)
+        return session, int(top.ids[0, 0]), states[0, -1]
 
     def answer(self, tokens: int) -> list[int]:
         """Ids of an answer that does not end, and names no region, for it has none: always the same."""
@@ -149,17 +149,17 @@ def answer_once(asked: Asked, most: int, points: Sequence[int]) -> Round:
         turn = range(begin, min(begin + TURN, most))
         for token in turn:
             if session is None:
-                cached[token], (session, logits, state) = timed(lambda: asked.read([]))
+                cached[token], (session, likeliest, state) = timed(lambda: asked.read([]))
             else:
                 last, running = np.array([answer[token - 1]]), session
                 cached[token], (rows, row_states) = timed(lambda: running.step(last))  # noqa: B023 - called at once
-                logits, state = rows[0], row_states[0]
-            chosen.append(int(logits.argmax()))
+                likeliest, state = int(rows.ids[0, 0]), row_states[0]
+            chosen.append(likeliest)
             states.append(np.array(state))
         for token in sorted(wanted.intersection(turn)):
             before = answer[:token]
-            taken[token], (_, logits, state) = timed(lambda: asked.read(before))  # noqa: B023 - called at once
-            equal += int(logits.argmax()) == chosen[token]
+            taken[token], (_, likeliest, state) = timed(lambda: asked.read(before))  # noqa: B023 - called at once
+            equal += likeliest == chosen[token]
             gap = float(np.abs(state - states[token]).max() / np.abs(states[token]).max())
             if not np.isfinite(gap):
                 raise deixis.EngineError(f"the state behind token {token} is not finite; verify the bundle")

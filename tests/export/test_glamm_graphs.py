@@ -47,8 +47,8 @@ CONTRACT = {  # docs/bundle.md
 _OPERATORS = (
     "Add Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather GatherElements "
     "Gemm GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual LogSoftmax MatMul Mul Neg "
-    "Pad Pow Range Reciprocal ReduceMean Relu Reshape Resize RoiAlign ScatterElements Shape Sigmoid Sin Slice Softmax Sqrt Squeeze "
-    "Sub TopK Transpose Unsqueeze Where"
+    "Pad Pow Range Reciprocal ReduceMean Relu Reshape Resize RoiAlign ScatterElements Shape Sigmoid Sin Slice Softmax "
+    "Sqrt Squeeze Sub TopK Transpose Unsqueeze Where"
 )
 ALLOWED = set(_OPERATORS.split())
 

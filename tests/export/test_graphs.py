@@ -41,8 +41,8 @@ CONTRACT = {  # docs/bundle.md
 _OPERATORS = (
     "Add And Cast Clip Concat ConstantOfShape Conv ConvTranspose Cos Div Equal Erf Expand Flatten Gather "
     "GatherElements Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual LogSoftmax MatMul Max Min "
-    "Mul Neg Not Pad Pow Range Reciprocal ReduceMean Relu Reshape ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub "
-    "Tanh TopK Transpose Unsqueeze Where "
+    "Mul Neg Not Pad Pow Range Reciprocal ReduceMean Relu Reshape ScatterElements Shape Sigmoid Sin Slice Softmax "
+    "Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where "
 )
 ALLOWED = set(_OPERATORS.split())
 
