@@ -137,7 +137,11 @@ class _Search:
             if self._settings.four_bits:
                 names.append("w4")
         tried = [_Tried(name, self._variants.get(role, name).drift) for name in names]
+        usual = next(one.drift for one in tried if one.precision == "fp16")
         for one in tried:
+            if one.precision != "fp16" and one.drift == usual:
+                one.verdict = "has no matrices to lower"  # the same graph as fp16
+                continue
             limit = DRIFT_TOLERANCE[one.precision]
             if self._settings.judge is None:
                 limit = min(limit, DRIFT_LIMIT)

@@ -166,7 +166,10 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     repeats = 1
     for index in range(rounds + 1):
-        for name, run in runs.items():
+        names = list(runs)
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:  # nobody always runs behind the same one
+            run = runs[name]
             start = time.perf_counter()
             for _ in range(repeats):
                 run()

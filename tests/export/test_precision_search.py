@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from deixis.errors import ExportError
 from deixis_export import cli, precision_search, quality
 from deixis_export.precision_search import SearchSettings, search_precisions
 from deixis_export.quality import Judge, lost, points
+from deixis_export.variants import interleaved
 
 # By graph: what each precision drifts, and its time relative to fp32.
 DRIFT = {
@@ -88,6 +90,20 @@ def test_without_data_the_fastest_that_hardly_drifts_is_taken(monkeypatch: pytes
     verdicts = {trial.precision: trial.verdict for trial in evidence.trials["text_encoder"]}
     assert verdicts == {"int8": "drifts by more than 0.05", "w8": "not faster than fp32 or fp16", "fp16": "chosen"}
     assert evidence.judged_by == "drift" and not evidence.fp32
+
+
+def test_a_graph_without_matrices_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DRIFT, "sam_encoder", {"int8": 1e-3, "fp16": 1e-3})
+    chosen, evidence = _search(monkeypatch)
+    assert chosen["sam_encoder"] == "fp16"
+    assert evidence.trials["sam_encoder"][0].verdict == "has no matrices to lower"
+
+
+def test_runs_are_timed_in_turns() -> None:
+    order: list[str] = []
+    ratios = interleaved({name: partial(order.append, name) for name in ("fp32", "int8", "fp16")}, rounds=2)
+    assert set(ratios) == {"int8", "fp16"} and all(value > 0 for value in ratios.values())
+    assert order[:3] == ["fp32", "int8", "fp16"] and order[3] == "int8"
 
 
 def test_four_bits_are_tried_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
