@@ -206,13 +206,22 @@ class StepGraph:
 class StepDecoder:
     """The decoder-step graph tied to a DecodeState, as search wants it (`decoding.Decoder`).
 
-    capacity: most tokens of a row; the cache grows to it by blocks. None: it stays as it is.
+    capacity: most tokens of a row; the cache grows to it by blocks. None: it stays as it is. with_logits: steps give
+    them too, which search over several beams needs anyway.
     """
 
     def __init__(
-        self, engine: Engine, state: DecodeState, head: StepHead, points: int, capacity: int | None = None
+        self,
+        engine: Engine,
+        state: DecodeState,
+        head: StepHead,
+        points: int,
+        capacity: int | None = None,
+        with_logits: bool = False,
     ) -> None:
         self.state = state
+        # Beams of one prompt compete, and may do so beyond the candidates of each: then logits decide.
+        self._with_logits = with_logits or state.self_cache.rows > state.cross.rows
         self._engine, self._head = engine, head
         self._capacity = state.self_cache.capacity if capacity is None else capacity
         self._locations = np.zeros((state.self_cache.rows, 1, points, 2), np.float32)
@@ -233,5 +242,4 @@ class StepDecoder:
         cache, cross = self.state.self_cache, self.state.cross
         # Without a location head the graph has none.
         places = {"locations": self._locations} if self._locations.size else {}
-        # Beams of one prompt compete, and may do so beyond the candidates of each: then logits decide.
-        return StepGraph(self._engine, cache, 1, self._head, cross.inputs(), places, cache.rows > cross.rows)
+        return StepGraph(self._engine, cache, 1, self._head, cross.inputs(), places, self._with_logits)

@@ -164,12 +164,12 @@ class Pipeline(BasePipeline):
         has_places = "locations" in self.manifest.graphs["decoder_step"].outputs
         return self.location.points_per_token if has_places else 0
 
-    def decoder(self, cross: CrossCache, beams: int, length: int) -> StepDecoder:
+    def decoder(self, cross: CrossCache, beams: int, length: int, with_logits: bool = False) -> StepDecoder:
         """A decoder for sequences of `length` places (the last is never consumed); its cache grows with them."""
         least = self.range("T")[0]
         capacity = min(self.capacity, max(length - 1, least))
         state = DecodeState.start(cross, self.manifest.caches.self_cache, beams, min(capacity, max(BLOCK, least)))
-        return StepDecoder(self.engine, state, StepHead.of(self.manifest), self.points, capacity)
+        return StepDecoder(self.engine, state, StepHead.of(self.manifest), self.points, capacity, with_logits)
 
     def teacher_forced(self, cross: CrossCache, ids: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Features [N, L, D] and locations [N, L, points, 2] of given ids [N, L]."""

@@ -81,8 +81,13 @@ class OnnxBackend:
 
     def steps(self, visual: Floats, context: Ids | None, tokens: Ids) -> Floats:
         cross = self._chain.encode_text(np.asarray(visual, np.float32), context)
-        decoder = self._chain.pipeline.decoder(cross, 1, tokens.shape[1] + 1)
-        return np.stack([decoder.step(ids)[0].copy() for ids in tokens.T], axis=1)
+        decoder = self._chain.pipeline.decoder(cross, 1, tokens.shape[1] + 1, with_logits=True)
+        found = []
+        for ids in tokens.T:
+            top, _ = decoder.step(ids)
+            assert top.logits is not None
+            found.append(top.logits.copy())
+        return np.stack(found, axis=1)
 
     def masks(
         self, images: EncodedImages, image_index: Ids, boxes: Floats, visual: Floats, features: Floats

@@ -26,7 +26,11 @@ class Engine(Protocol):
     """
 
     device: str  # "cpu" or "cuda"
-    threads: int  # 0 = as many as the engine likes
+
+    @property
+    def threads(self) -> int:
+        """Of one graph run; 0 = as many as the engine likes."""
+        ...
 
     def run(self, role: str, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
         """Run a graph once. Returns all its outputs as new arrays. Raises EngineError."""
