@@ -9,7 +9,7 @@ import torch
 
 from deixis.bundle import ParityRecord
 from deixis.errors import ExportError
-from deixis_export.bundle_parts import GRAPH_TOLERANCE, INT8_TOLERANCE, require
+from deixis_export.bundle_parts import graph_tolerance, require
 from deixis_export.export import trace_and_write
 from deixis_export.graph_spec import run_torch
 from deixis_export.graphs_glamm import empty_caches, language_step_spec
@@ -59,7 +59,6 @@ def export_language_model(llama: Llama, folder: Path, precision: PrecisionName =
         trace_and_write(spec, llama, example, folder, weights, precision)
     with GraphSession(folder / f"{spec.role}.onnx") as session:
         actual = session.run({name: np.ascontiguousarray(value.numpy()) for name, value in example.items()})
-    tolerance = INT8_TOLERANCE if precision == "int8" else GRAPH_TOLERANCE
-    record = ParityRecord(relative_error(actual, expected), tolerance, "torch with the same weights")
+    record = ParityRecord(relative_error(actual, expected), graph_tolerance(precision), "torch with the same weights")
     require(f"graph/{spec.role}", record)
     return record

@@ -133,7 +133,7 @@ def test_several_pictures_equal_one_at_a_time(runtime: deixis.Model, pictures: l
 
 def test_the_manifest_says_how_to_detect(detecting: Bundle) -> None:
     manifest = open_bundle(detecting.path).manifest
-    assert manifest.format.version == "1.1"
+    assert manifest.format.version == "1.3"
     spec, task = manifest.detection, manifest.tasks["dense_captions"]
     assert spec is not None and (spec.proposals, spec.max_detections, spec.join_scores) == (40, 12, False)
     assert spec.score_threshold == 0.02 and task.max_length == 9

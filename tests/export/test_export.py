@@ -73,7 +73,8 @@ def test_golden_vectors_cover_every_tensor(bundle: Bundle) -> None:
         names = {re.sub(r"/out\[::\d+\]/", "/out/", name) for name in arrays.files}  # large outputs are sampled
     expected = set()
     for role, graph in bundle.manifest.graphs.items():
-        expected |= {f"{role}/in/{name}" for name in graph.inputs} | {f"{role}/out/{name}" for name in graph.outputs}
+        given = [name for name, info in graph.outputs.items() if info.dtype.startswith("float")]  # ids are no numbers
+        expected |= {f"{role}/in/{name}" for name in graph.inputs} | {f"{role}/out/{name}" for name in given}
     assert names == expected
 
 

@@ -61,7 +61,7 @@ def test_a_tied_head_is_stored_once_and_right(tmp_path: Path) -> None:
         assert _greedy(session, TINY, prompt, 12) == ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.55), ("int8", 0.5)])
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.55), ("int8", 0.5), ("w8", 0.5)])
 def test_lower_precisions_are_smaller(tmp_path: Path, precision: str, share: float) -> None:
     config = dataclasses.replace(TINY, tied=False)
     full, low = tmp_path / "full", tmp_path / "low"

@@ -85,8 +85,9 @@ class _Ours:
         layers = range(self._config.layers)
         cache: Arrays = {f"self_{part}.{i}": np.zeros(shape, np.float32) for i in layers for part in ("key", "value")}
         token, chosen, logits = np.zeros((len(ids), 1), np.int64), [], []
+        nothing = np.full(len(ids), -1, np.int64)
         for position in range(steps):
-            feed = {"ids": token, "position": np.array([position]), **cross, **cache}
+            feed = {"ids": token, "position": np.array([position]), "banned": nothing, **cross, **cache}
             out = self._sessions["decoder_step"].run(feed)
             cache = {name.replace("_out", ""): value for name, value in out.items() if "_out." in name}
             token = out["logits"].argmax(axis=-1)[:, None]
