@@ -47,7 +47,7 @@ def bench_report() -> dict[str, Any]:
         "version": 1,
         "metrics": {
             "caption/warm_ms/p50": 190.0, "cold_start/first_result_ms": 1250.0,
-            "request/caption_again/python_us_per_step": 61.5,
+            "caption_again/python_us_per_step": 61.5,
         },
         "bundle": {
             "name": "tabletop", "family": "pixelllm", "format": "1.3", "precision": {"sam_encoder": "fp16"},
