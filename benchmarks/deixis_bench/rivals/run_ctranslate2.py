@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ctranslate2
+import ctranslate2  # pyright: ignore[reportMissingImports]
 
 from deixis_bench.rivals.contract import Answer, Loaded, Spec, Stopwatch
 
@@ -14,7 +14,7 @@ _NEVER = ["t1"]  # an id whose logit is 0 and never the largest: without it, the
 
 
 def load(spec: Spec) -> Loaded:
-    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
     folder = spec.work / "model"
     if not folder.exists():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai
+import onnxruntime_genai  # pyright: ignore[reportMissingImports]
 
 from deixis_bench.rivals.contract import PROMPT_TOKENS, Answer, Loaded, RivalError, Spec, decode_after_first
 

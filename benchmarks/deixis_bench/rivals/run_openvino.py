@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import openvino as ov
-from openvino._offline_transformations import apply_make_stateful_transformation
+import openvino as ov  # pyright: ignore[reportMissingImports]
+from openvino._offline_transformations import apply_make_stateful_transformation  # pyright: ignore[reportMissingImports]
 
 from deixis_bench.rivals.contract import PROMPT_TOKENS, Answer, Loaded, Spec, Stopwatch, decode_after_first
 
